@@ -1,0 +1,72 @@
+# CHASM. `make help` lists the targets; every step is skipped when its output is current.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+VENV    ?= .venv
+PYTHON  ?= python3
+BIN     := $(VENV)/bin
+CHASM   := $(BIN)/chasm
+READY   := $(VENV)/.ready
+UV      := $(shell command -v uv 2>/dev/null)
+
+SUBJ    ?= 1
+NSD     ?=
+ARGS    ?=
+RECIPE  ?= $(if $(NSD),experiments/nsd/stage1.yaml,experiments/stage1.yaml)
+DATASET ?= $(if $(NSD),$(notdir $(patsubst %/,%,$(NSD))),simulated)
+SOURCE   = $(if $(NSD),--nsd $(NSD),--simulate)
+MACAQUE ?= ../shared/data/macaque_v4
+
+.PHONY: help setup stage1 macaque test test-all lint format bench clean
+
+help: ## List the targets
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):[^#]*## /\1\t/' | \
+	  awk -F'\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+	@echo
+	@echo "  SUBJ=1      subject              NSD=/path   a real NSD tree (default: a simulated one)"
+	@echo "  RECIPE=...  another recipe       ARGS=\"--trainer.max_epochs 3\"   any recipe key"
+
+$(READY): pyproject.toml
+ifneq ($(UV),)
+	@test -x $(BIN)/python || $(UV) venv --quiet --python $(PYTHON) $(VENV)
+	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python -e '.[dev]'
+else
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off -e '.[dev]'
+endif
+	@touch $@
+
+setup: $(READY) ## Make the environment in .venv (every target does so when needed)
+
+stage1: $(READY) ## Train and score Stage 1 on subject SUBJ; prints the table and the report's path
+	$(CHASM) run -c $(RECIPE) $(SOURCE) --data.subject $(SUBJ) --data.dataset_dir data/$(DATASET) $(ARGS)
+
+macaque: $(READY) ## The same on real macaque V4 recordings in MACAQUE (two sessions)
+	$(CHASM) prepare arrays --dataset macaque_v4 --name 201025 \
+	  --images $(MACAQUE)/images_201025.zip --responses $(MACAQUE)/responses_avg_201025.npy
+	$(CHASM) prepare arrays --dataset macaque_v4 --name 210325 \
+	  --images $(MACAQUE)/images_210325.zip --responses $(MACAQUE)/responses_raw_210325.npy
+	$(CHASM) run -c experiments/macaque.yaml --data.subject 201025 $(ARGS)
+	$(CHASM) run -c experiments/macaque.yaml --data.subject 210325 $(ARGS)
+
+test: $(READY) ## The default test suite
+	$(BIN)/python -m pytest
+
+test-all: $(READY) ## Also the tests marked slow
+	$(BIN)/python -m pytest -m ''
+
+lint: $(READY) ## ruff, mypy, import directions
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY) ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY) ## Speed and memory of the selective scan against its reference
+	$(BIN)/python benchmarks/scan.py
+
+clean: ## Remove caches (not data, not runs)
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist build

@@ -1,0 +1,40 @@
+"""Progress for anything that takes more than a few seconds (rich, on standard error)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+T = TypeVar("T")
+
+console = Console(stderr=True)
+"""Where progress and log lines go; tables for the user go to standard output."""
+
+
+def bar() -> Progress:
+    """Make a progress display; use it as a context manager and `add_task` to it."""
+    return Progress(
+        TextColumn("[progress.description]{task.description}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=not console.is_terminal,
+    )
+
+
+def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Iterate over `items` and show how far it is."""
+    with bar() as display:
+        yield from display.track(items, description=description, total=total)
