@@ -1,0 +1,235 @@
+"""Single-trial betas of one NSD session, masked voxels only, from .hdf5 or .nii.gz.
+
+NSD's .hdf5 keeps each voxel's trials in one chunk of its own, so it is read voxel by voxel; a
+.nii.gz keeps whole volumes, so it is read in blocks of trials. Neither is ever held as a whole.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from chasm.errors import DataError
+
+_BLOCK_BYTES = 48 << 20
+_FETCH = "Fetch this session again"
+
+
+def check_session(path: Path, volume_shape: tuple[int, ...], n_trials: int) -> None:
+    """Check a beta file's form without reading its values.
+
+    Parameters
+    ----------
+    path
+        betas_sessionYY.hdf5 or .nii.gz.
+    volume_shape
+        (X, Y, Z) of the mask.
+    n_trials
+        Trials of a session.
+
+    Raises
+    ------
+    DataError
+        If the file is truncated, its values are not int16, its axes are in another order, or
+        its number of trials is not `n_trials`.
+    """
+    if path.name.endswith(".hdf5"):
+        expected = (n_trials, *volume_shape[::-1])
+        with _open_hdf5(path) as file:
+            betas = file["betas"]
+            _check_form(f"{path}:betas", betas.shape, betas.dtype, expected, "(trials, Z, Y, X)")
+        return
+    betas = _open_nifti(path)
+    expected = (*volume_shape, n_trials)
+    _check_form(path, betas.shape, betas.dtype, expected, "(X, Y, Z, trials)")
+
+
+def read_session(path: Path, mask: np.ndarray, n_trials: int) -> np.ndarray:
+    """Read the betas of the voxels in a mask.
+
+    Parameters
+    ----------
+    path
+        betas_sessionYY.hdf5 or .nii.gz.
+    mask
+        (X, Y, Z) bool.
+    n_trials
+        Trials of a session.
+
+    Returns
+    -------
+    np.ndarray
+        (trials, voxels) int16, percent signal change × 300; voxels in C order of the mask.
+
+    Raises
+    ------
+    DataError
+        As `check_session`, or if values cannot be read.
+    """
+    check_session(path, mask.shape, n_trials)
+    try:
+        if not path.name.endswith(".hdf5"):
+            return _read_nifti(path, mask)
+        with _open_hdf5(path) as file:
+            return _read_hdf5(file["betas"], mask)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(path, f"is damaged or truncated ({line})", _FETCH) from error
+
+
+class RowFile:
+    """Rows of int16 on disk, appended once and read by index without a memory map.
+
+    Parameters
+    ----------
+    path
+        A new file.
+    width
+        Values in a row.
+    """
+
+    def __init__(self, path: Path, width: int) -> None:
+        self._path, self._width = path, width
+
+    def __enter__(self) -> RowFile:
+        self._file = self._path.open("w+b", buffering=0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def append(self, rows: np.ndarray) -> None:
+        """Add rows: (n, width) int16."""
+        view = np.ascontiguousarray(rows, dtype=np.int16).data.cast("B")
+        while view:
+            view = view[self._file.write(view) :]
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """Rows by index: (n, width); runs of neighbours are read at once."""
+        result = np.empty((len(indices), self._width), dtype=np.int16)
+        breaks = np.flatnonzero(np.diff(indices) != 1) + 1
+        for part in np.split(np.arange(len(indices)), breaks):
+            view = result[part[0] : part[-1] + 1].data.cast("B")
+            offset = int(indices[part[0]]) * self._width * 2
+            while view:
+                n_read = os.preadv(self._file.fileno(), [view], offset)
+                if not n_read:
+                    raise EOFError(f"{self._path} ends before row {indices[part[-1]]}")
+                view, offset = view[n_read:], offset + n_read
+        return result
+
+
+def _open_hdf5(path: Path) -> h5py.File:
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        line = str(error).splitlines()[0]
+        raise DataError(path, f"is damaged or truncated ({line})", _FETCH) from error
+    if "betas" not in file:
+        names = ", ".join(file) or "nothing"
+        file.close()
+        raise DataError(f"{path}:betas", f"no such dataset; the file holds {names}", _FETCH)
+    return file
+
+
+def _open_nifti(path: Path) -> Any:
+    """Open a beta volume for reading forward in blocks; the handle stays with the result."""
+    import nibabel as nib
+
+    try:
+        image: Any = nib.Nifti1Image.from_filename(path, keep_file_open=True)
+    except (OSError, EOFError, ValueError, zlib.error, nib.filebasedimages.ImageFileError) as error:
+        raise DataError(path, f"is no readable NIfTI file ({error})", _FETCH) from error
+    slope, intercept = image.dataobj.slope, image.dataobj.inter
+    if (slope, intercept) != (1.0, 0.0):
+        raise DataError(
+            f"{path}:scl_slope",
+            f"values are scaled by {slope}, but NSD stores int16 = percent signal change × 300",
+            _FETCH,
+        )
+    return image.dataobj
+
+
+def _check_form(
+    where: object, shape: tuple[int, ...], dtype: Any, expected: tuple[int, ...], axes: str
+) -> None:
+    shape = tuple(int(n) for n in shape)
+    if shape != expected:
+        if len(shape) == len(expected) and shape[1:] == expected[1:] and "trials, " in axes:
+            problem = f"{shape[0]} trials found, {expected[0]} expected"
+        elif shape[:-1] == expected[:-1]:
+            problem = f"{shape[-1]} trials found, {expected[-1]} expected"
+        elif sorted(shape) == sorted(expected):
+            problem = f"axes are in the wrong order: {shape} found, {axes} = {expected} expected"
+        else:
+            problem = f"shape {shape} found, {axes} = {expected} expected"
+        raise DataError(
+            where, problem, "Fetch this session again, or use the mask that belongs to it"
+        )
+    if dtype != np.int16:
+        raise DataError(
+            where,
+            f"{dtype} values found, int16 (percent signal change × 300) expected",
+            "Use NSD's own func1pt8mm betas; other responses enter by `chasm prepare arrays`",
+        )
+
+
+def _read_hdf5(betas: h5py.Dataset, mask: np.ndarray) -> np.ndarray:
+    n_trials = betas.shape[0]
+    x, y, z = np.nonzero(mask)
+    plain = betas.id.get_create_plist().get_nfilters() == 0
+    if betas.chunks == (n_trials, 1, 1, 1) and plain:
+        return _read_voxel_chunks(betas, x, y, z)
+    if betas.chunks is not None and betas.chunks[1] > 1:
+        return _read_trial_blocks(betas, mask)
+    result = np.empty((n_trials, len(x)), dtype=np.int16)
+    for slab in np.unique(z):
+        here = z == slab
+        result[:, here] = betas[:, int(slab)][:, y[here], x[here]]
+    return result
+
+
+def _read_voxel_chunks(
+    betas: h5py.Dataset, x: np.ndarray, y: np.ndarray, z: np.ndarray
+) -> np.ndarray:
+    """Read one raw chunk per voxel; a chunk that was never written holds zeros."""
+    result = np.empty((len(x), betas.shape[0]), dtype=betas.dtype)
+    # In the order of the file, which is the order of the reversed axes.
+    for voxel in np.lexsort((x, y, z)):
+        place = (int(z[voxel]), int(y[voxel]), int(x[voxel]))
+        try:
+            _, raw = betas.id.read_direct_chunk((0, *place))
+            result[voxel] = np.frombuffer(raw, dtype=betas.dtype)
+        except (OSError, RuntimeError):
+            result[voxel] = betas[(slice(None), *place)]
+    return np.ascontiguousarray(result.T, dtype=np.int16)
+
+
+def _read_trial_blocks(betas: h5py.Dataset, mask: np.ndarray) -> np.ndarray:
+    n_trials, chunk = betas.shape[0], betas.chunks[0]
+    block = max(1, _BLOCK_BYTES // (2 * mask.size * chunk)) * chunk
+    flat = np.flatnonzero(mask.transpose(2, 1, 0))
+    result = np.empty((n_trials, len(flat)), dtype=np.int16)
+    for start in range(0, n_trials, block):
+        part = betas[start : start + block]
+        result[start : start + len(part)] = part.reshape(len(part), -1)[:, flat]
+    # `flat` runs in C order of (Z, Y, X); put voxels in C order of (X, Y, Z).
+    order = np.empty(mask.shape, dtype=np.int64)
+    order.transpose(2, 1, 0)[mask.transpose(2, 1, 0)] = np.arange(len(flat))
+    return result[:, order[mask]]
+
+
+def _read_nifti(path: Path, mask: np.ndarray) -> np.ndarray:
+    betas = _open_nifti(path)
+    n_trials = betas.shape[3]
+    block = max(1, _BLOCK_BYTES // (2 * mask.size))
+    result = np.empty((n_trials, int(mask.sum())), dtype=np.int16)
+    for start in range(0, n_trials, block):
+        part = np.asarray(betas[..., start : start + block])
+        result[start : start + part.shape[3]] = part[mask].T
+    return result

@@ -1,0 +1,98 @@
+"""Published facts of the Natural Scenes Dataset: sizes, label tables, how ids are counted.
+
+Verified against the NSD data manual and the authors' code (Allen et al. 2022).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+BETA_VERSIONS = ("betas_assumehrf", "betas_fithrf", "betas_fithrf_GLMdenoise_RR")
+BETA_SCALE = 300.0
+"""Stored int16 / 300 = percent signal change."""
+TRIALS_PER_SESSION = 750
+SPECIAL_SESSIONS = 30
+"""The smallest number of sessions of any subject: images shown three times within them were
+seen three times by everyone (515 shared images)."""
+
+_VISUAL = ("V1v", "V1d", "V2v", "V2d", "V3v", "V3d", "hV4")
+_KASTNER = (
+    *_VISUAL,
+    *("VO1", "VO2", "PHC1", "PHC2", "TO2", "TO1", "LO2", "LO1", "V3B", "V3A"),
+    *("IPS0", "IPS1", "IPS2", "IPS3", "IPS4", "IPS5", "SPL1", "FEF"),
+)
+ATLAS_LABELS: dict[str, tuple[str, ...]] = {
+    "nsdgeneral": ("nsdgeneral",),
+    "prf-visualrois": _VISUAL,
+    "prf-eccrois": ("ecc0pt5", "ecc1", "ecc2", "ecc4", "ecc4+"),
+    "floc-faces": ("OFA", "FFA-1", "FFA-2", "mTL-faces", "aTL-faces"),
+    "floc-bodies": ("EBA", "FBA-1", "FBA-2", "mTL-bodies"),
+    "floc-places": ("OPA", "PPA", "RSC"),
+    "floc-words": ("OWFA", "VWFA-1", "VWFA-2", "mfs-words", "mTL-words"),
+    "streams": (
+        *("early", "midventral", "midlateral", "midparietal"),
+        *("ventral", "lateral", "parietal"),
+    ),
+    "Kastner2015": _KASTNER,
+}
+"""Names of labels 1, 2, … of each atlas."""
+
+STREAM_GROUPS: dict[str, tuple[str, ...]] = {
+    "Early": ("early",),
+    "Mid": ("midventral", "midlateral", "midparietal"),
+    "Higher": ("ventral", "lateral", "parietal"),
+}
+"""Groups of labels of the `streams` atlas by which scores are reported."""
+
+
+@dataclass(frozen=True)
+class SubjectFacts:
+    """NSD's published numbers of one subject: sessions, func1pt8mm grid, nsdgeneral voxels."""
+
+    sessions: int
+    volume_shape: tuple[int, int, int]
+    nsdgeneral_voxels: int
+
+
+NSD_SUBJECTS: dict[int, SubjectFacts] = {
+    1: SubjectFacts(40, (81, 104, 83), 15724),
+    2: SubjectFacts(40, (82, 106, 84), 14278),
+    3: SubjectFacts(32, (81, 106, 82), 15226),
+    4: SubjectFacts(30, (85, 99, 80), 13153),
+    5: SubjectFacts(40, (79, 97, 78), 13039),
+    6: SubjectFacts(32, (85, 113, 83), 17907),
+    7: SubjectFacts(40, (78, 95, 81), 12682),
+    8: SubjectFacts(30, (80, 103, 78), 14386),
+}
+
+
+def from_nsd_ids(ids: np.ndarray) -> np.ndarray:
+    """Turn NSD's 1-based ids (73k or 10k) into 0-based int64.
+
+    Raises
+    ------
+    ValueError
+        If an id is below 1.
+    """
+    result = np.asarray(ids).astype(np.int64) - 1
+    if (result < 0).any():
+        raise ValueError("NSD's ids start at 1")
+    return result
+
+
+def to_nsd_ids(image_ids: np.ndarray) -> np.ndarray:
+    """Turn 0-based image ids into NSD's 1-based 73k ids, int64."""
+    return np.asarray(image_ids).astype(np.int64) + 1
+
+
+def read_ctab(path: Path) -> dict[int, str]:
+    """Read label names ≥ 1 from a FreeSurfer colour table: number, name, colours."""
+    names = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        parts = line.split()
+        if len(parts) >= 2 and parts[0].isdecimal() and int(parts[0]) > 0:
+            names[int(parts[0])] = parts[1]
+    return names

@@ -1,0 +1,389 @@
+"""From an NSD tree to one subject store: session by session, masked voxels only.
+
+Each session's betas are staged on disk first, because a voxel that is invalid in any session is
+kept out of all of them. Memory does not grow with the number of sessions.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from chasm.data.beta_files import RowFile, check_session, read_session
+from chasm.data.images import FINGERPRINT_IMAGES, Hdf5Images
+from chasm.data.nsd import BETA_SCALE, NSDTree, RoiVolume, load_volume
+from chasm.data.store import session_statistics
+from chasm.data.store_format import file_facts, signature, store_signature
+from chasm.data.store_writer import StoreWriter
+from chasm.errors import ConfigError, DataError
+from chasm.noise_ceiling import RepeatAccumulator, ncsnr_from_variances, repeat_groups
+from chasm.progress import track
+
+log = logging.getLogger(__name__)
+
+NCSNR_MIN_IMAGES = 50
+"""Below this many images with exactly three trials, all repeated images are pooled for ncsnr."""
+_BLOCK_BYTES = 48 << 20
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything that is known about a subject before betas are read."""
+
+    tree: NSDTree
+    subject: int
+    version: str
+    mask: np.ndarray
+    affine: np.ndarray
+    files: dict[int, Path]
+    image_ids: np.ndarray
+    train: np.ndarray
+    images: Hdf5Images
+
+    @property
+    def n_trials(self) -> int:
+        return self.tree.trials_per_session
+
+    @property
+    def session_index(self) -> np.ndarray:
+        return np.repeat(np.arange(len(self.files)), self.n_trials)
+
+
+def prepare_nsd(
+    tree: Path,
+    subject: int,
+    out: Path,
+    *,
+    version: str = "betas_fithrf_GLMdenoise_RR",
+    mask: str = "nsdgeneral",
+    sessions: Sequence[int] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write the subject store of one NSD subject.
+
+    Parameters
+    ----------
+    tree
+        Folder laid out as NSD's bucket; real or simulated.
+    subject
+        1 to 8.
+    out
+        The store to write, e.g. ``subj01.h5``. Returns at once when it is current.
+    version
+        Which betas, NSD's folder name.
+    mask
+        ROI atlas whose labelled voxels are kept; of ``nsdgeneral``, label 1.
+    sessions
+        Session numbers, 1-based; default: all whose betas are present.
+    overwrite
+        Write the store even when it is current, or when something else stands at `out`.
+
+    Returns
+    -------
+    Path
+        `out`.
+
+    Raises
+    ------
+    DataError
+        If a file is missing, damaged or of another form; the message names it, the field and
+        the remedy, and nothing is written.
+    """
+    out = Path(out)
+    plan, roi = _plan(NSDTree(tree), subject, version, mask, sessions)
+    made_from = _signature(plan, mask, roi)
+    if not overwrite and store_signature(out) == made_from:
+        log.info("%s is current", out)
+        return out
+    for path in plan.files.values():
+        check_session(path, plan.mask.shape, plan.n_trials)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder,
+        RowFile(Path(folder) / "betas.i16", int(plan.mask.sum())) as staged,
+    ):
+        zero, constant = _stage(plan, staged)
+        keep = ~(zero | constant)
+        _check_enough(plan, keep)
+        _write(plan, roi, staged, keep, zero, made_from, out)
+    log.info("%s: %d trials, %d voxels", out, len(plan.image_ids), keep.sum())
+    return out
+
+
+def _plan(
+    tree: NSDTree, subject: int, version: str, mask: str, sessions: Sequence[int] | None
+) -> tuple[_Plan, dict[str, RoiVolume]]:
+    """Check everything that can be checked before betas are read."""
+    files = _choose_sessions(tree, subject, version, sessions)
+    volume = tree.roi(subject, mask)
+    wanted = volume.labels == 1 if mask == "nsdgeneral" else volume.labels >= 1
+    if not wanted.any():
+        raise DataError(
+            tree.roi_folder(subject) / f"{mask}.nii.gz",
+            f"no voxel has label 1 (labels: {np.unique(volume.labels)[:8].tolist()})",
+            "Use a mask with −1 outside cortex, 0 unlabelled and 1 inside, or another --mask",
+        )
+    roi = {atlas: tree.roi(subject, atlas) for atlas in tree.atlases(subject)}
+    for atlas, found in roi.items():
+        if found.labels.shape != wanted.shape:
+            raise DataError(
+                tree.roi_folder(subject) / f"{atlas}.nii.gz",
+                f"shape {found.labels.shape} found, {wanted.shape} of the mask expected",
+                "Fetch both volumes again, from func1pt8mm",
+            )
+    image_ids = tree.trial_image_ids(subject, list(files))
+    if not tree.stimuli_path.is_file():
+        raise DataError(tree.stimuli_path, "no such file", "Fetch nsd_stimuli.hdf5")
+    shared = np.sort(tree.design().shared)
+    places = np.linspace(0, len(shared) - 1, FINGERPRINT_IMAGES).round().astype(int)
+    images = Hdf5Images(tree.stimuli_path, "imgBrick", shared[np.unique(places)].tolist())
+    if image_ids.max() >= len(images):
+        raise DataError(
+            f"{tree.stimuli_path}:imgBrick",
+            f"holds {len(images)} images, but subject {subject} saw image id {image_ids.max()}",
+            "Use the stimulus file that belongs to this tree's design",
+        )
+    train = ~np.isin(image_ids, shared)
+    few = [
+        s for s, part in zip(files, train.reshape(len(files), -1), strict=True) if part.sum() < 2
+    ]
+    if few:
+        raise DataError(
+            files[few[0]],
+            f"session {few[0]} has fewer than two trials of images that only this subject saw",
+            "Leave this session out with --sessions",
+        )
+    plan = _Plan(tree, subject, version, wanted, volume.affine, files, image_ids, train, images)
+    return plan, roi
+
+
+def _choose_sessions(
+    tree: NSDTree, subject: int, version: str, sessions: Sequence[int] | None
+) -> dict[int, Path]:
+    present = tree.session_files(subject, version)
+    if sessions is None:
+        missing = set(range(1, max(present) + 1)) - set(present)
+        if missing:
+            log.warning("subject %d: sessions %s are absent", subject, sorted(missing))
+        return present
+    if not sessions:
+        raise ConfigError("sessions", "is an empty list", "Name at least one, or leave it out")
+    for session in sessions:
+        if session not in present:
+            raise DataError(
+                tree.betas_folder(subject, version) / f"betas_session{session:02d}.hdf5",
+                f"session {session} is missing; present are {_ranges(list(present))}",
+                "Fetch it, or leave it out of --sessions",
+            )
+    return {session: present[session] for session in sorted(set(sessions))}
+
+
+def _signature(plan: _Plan, mask: str, roi: dict[str, RoiVolume]) -> str:
+    """Digest of the input files and options."""
+    tree, subject = plan.tree, plan.subject
+    small = [tree.design_path, tree.responses_path(subject)]
+    small += [tree.roi_folder(subject) / f"{atlas}.nii.gz" for atlas in roi]
+    small.append(tree.betas_folder(subject, plan.version) / "ncsnr.nii.gz")
+    names = {atlas: {str(k): v for k, v in volume.names.items()} for atlas, volume in roi.items()}
+    return signature(
+        {
+            "subject": subject,
+            "version": plan.version,
+            "mask": mask,
+            "betas": [file_facts(path) for path in plan.files.values()],
+            "files": [file_facts(path) for path in small if path.is_file()],
+            "names": names,
+            "images": [str(plan.images.path), plan.images.fingerprint],
+            "simulated": tree.is_simulated,
+            "special": tree.special_images().tolist(),
+        }
+    )
+
+
+def _stage(plan: _Plan, staged: RowFile) -> tuple[np.ndarray, np.ndarray]:
+    """Copy every session's masked betas to disk; find voxels that cannot be used.
+
+    Returns
+    -------
+    zero, constant
+        (mask voxels,) bool: all zero in some session (NSD's mark of an invalid voxel); not zero
+        but without variation in some session.
+    """
+    zero = np.zeros(int(plan.mask.sum()), dtype=bool)
+    constant = np.zeros_like(zero)
+    train = plan.train.reshape(len(plan.files), -1)
+    for row, path in track(list(enumerate(plan.files.values())), "reading sessions"):
+        betas = read_session(path, plan.mask, plan.n_trials)
+        zero |= ~betas.any(axis=0)
+        own = betas[train[row]]
+        constant |= (betas == betas[0]).all(axis=0) | (own == own[0]).all(axis=0)
+        staged.append(betas)
+    return zero, constant & ~zero
+
+
+def _check_enough(plan: _Plan, keep: np.ndarray) -> None:
+    if keep.mean() < 0.5:
+        raise DataError(
+            plan.tree.betas_folder(plan.subject, plan.version),
+            f"{(~keep).sum()} of {keep.size} voxels of the mask are zero or constant in a session",
+            "Use the mask, the betas and the axis order of the same subject and space",
+        )
+    if not keep.all():
+        log.warning("%d of %d voxels are zero or constant: kept out", (~keep).sum(), keep.size)
+
+
+def _write(
+    plan: _Plan,
+    roi: dict[str, RoiVolume],
+    staged: RowFile,
+    keep: np.ndarray,
+    zero: np.ndarray,
+    made_from: str,
+    out: Path,
+) -> None:
+    tree, table = plan.tree, _image_table(plan)
+    n_trials, sessions = len(plan.image_ids), list(plan.files)
+    with StoreWriter(
+        out, n_trials=n_trials, n_voxels=int(keep.sum()), dtype=np.int16, scale=BETA_SCALE
+    ) as writer:
+        statistics = _write_betas(plan, staged, keep, writer)
+        writer.write_trials(
+            session=np.repeat(sessions, plan.n_trials),
+            run=tree.trial_runs(sessions),
+            image_id=plan.image_ids,
+            repeat=tree.design().repeats[tree.trial_indices(sessions)],
+        )
+        writer.write_normalisation(
+            "train", *statistics["train"], np.unique(plan.image_ids[plan.train])
+        )
+        writer.write_normalisation("all", *statistics["all"])
+        counts = {
+            "n_mask": keep.size,
+            "n_invalid": int(zero.sum()),
+            "n_constant": int((~keep & ~zero).sum()),
+        }
+        _write_voxels(plan, staged, keep, statistics["all"], counts, writer)
+        for atlas, volume in roi.items():
+            writer.write_roi(atlas, volume.labels[plan.mask][keep], volume.names)
+        writer.write_images(*table, plan.images)
+        writer.write_attributes(
+            affine=plan.affine,
+            volume_shape=plan.mask.shape,
+            subject=f"subj{plan.subject:02d}",
+            dataset="nsd",
+            source="simulated" if tree.is_simulated else "nsd",
+            beta_version=plan.version,
+            source_signature=made_from,
+            source_path=str(tree.root),
+        )
+
+
+def _image_table(plan: _Plan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ids = np.unique(plan.image_ids)
+    shared = np.isin(ids, plan.tree.design().shared)
+    return ids, shared, np.isin(ids, plan.tree.special_images())
+
+
+def _write_betas(
+    plan: _Plan, staged: RowFile, keep: np.ndarray, writer: StoreWriter
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Copy the valid voxels into the store and take each session's statistics on the way."""
+    shape = (len(plan.files), int(keep.sum()))
+    result = {
+        w: (np.empty(shape, np.float32), np.empty(shape, np.float32)) for w in ("train", "all")
+    }
+    for row in track(range(len(plan.files)), "writing the store"):
+        trials = np.arange(row * plan.n_trials, (row + 1) * plan.n_trials)
+        betas = staged.read(trials)[:, keep]
+        writer.append(betas)
+        index = np.zeros(plan.n_trials, dtype=np.int64)
+        for which, use in (("train", plan.train[trials]), ("all", np.ones(len(trials), bool))):
+            mean, std = session_statistics(betas, index, use, BETA_SCALE)
+            result[which][0][row], result[which][1][row] = mean[0], std[0]
+    return result
+
+
+def _write_voxels(
+    plan: _Plan,
+    staged: RowFile,
+    keep: np.ndarray,
+    statistics: tuple[np.ndarray, np.ndarray],
+    counts: dict[str, int],
+    writer: StoreWriter,
+) -> None:
+    """Write places and noise ceilings of the valid voxels."""
+    indices = np.argwhere(plan.mask)[keep]
+    places = indices @ plan.affine[:3, :3].T + plan.affine[:3, 3]
+    ncsnr, facts = _ncsnr(plan, staged, keep, statistics)
+    columns = dict(zip("ijk", indices.T, strict=True)) | dict(zip("xyz", places.T, strict=True))
+    columns["ncsnr"] = ncsnr
+    path = plan.tree.betas_folder(plan.subject, plan.version) / "ncsnr.nii.gz"
+    if path.is_file():
+        volume, _ = load_volume(path)
+        if volume.shape != plan.mask.shape:
+            raise DataError(
+                path,
+                f"shape {volume.shape} found, {plan.mask.shape} of the mask expected",
+                "Fetch it again",
+            )
+        published = volume[plan.mask][keep]
+        columns["ncsnr_published"] = published
+        log.info(
+            "ncsnr, median over voxels: %.3f here, %.3f published",
+            np.nanmedian(ncsnr),
+            np.nanmedian(published),
+        )
+    writer.write_voxels(counts | facts, **columns)
+
+
+def _ncsnr(
+    plan: _Plan,
+    staged: RowFile,
+    keep: np.ndarray,
+    statistics: tuple[np.ndarray, np.ndarray],
+) -> tuple[np.ndarray, dict[str, int]]:
+    """Recompute ncsnr as NSD does, some images at a time.
+
+    Returns
+    -------
+    ncsnr, facts
+        (voxels,) and, for the attributes of /voxels, the number of images behind it and how
+        many repeats they have (0: mixed).
+    """
+    mean, std = statistics
+    groups = repeat_groups(plan.image_ids)
+    if len(groups.get(3, ())) >= NCSNR_MIN_IMAGES:
+        groups = {3: groups[3]}
+    accumulator = RepeatAccumulator(int(keep.sum()))
+    session_index = plan.session_index
+    for k, trials in groups.items():
+        if k < 2:
+            continue
+        block = max(1, _BLOCK_BYTES // (8 * k * keep.size))
+        starts = range(0, len(trials), block)
+        for start in track(starts, f"noise ceiling, {k} repeats") if len(starts) > 8 else starts:
+            part = trials[start : start + block]
+            rows = session_index[part.ravel()]
+            values = staged.read(part.ravel())[:, keep].astype(np.float32)
+            values = (values / np.float32(BETA_SCALE) - mean[rows]) / std[rows]
+            accumulator.update(values.reshape(*part.shape, -1))
+    noise = accumulator.noise_variance
+    repeats = 3 if set(groups) == {3} else 0
+    facts = {"ncsnr_images": accumulator.n_images, "ncsnr_repeats": repeats}
+    return ncsnr_from_variances(1 - noise, noise), facts
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Write sorted numbers as ranges: [1, 2, 3, 5] → '1–3, 5'."""
+    parts: list[list[int]] = []
+    for n in numbers:
+        if parts and n == parts[-1][-1] + 1:
+            parts[-1].append(n)
+        else:
+            parts.append([n])
+    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}–{p[-1]}" for p in parts)

@@ -1,0 +1,196 @@
+"""Splits by image, never by trial: clean, paper, seeded; few-shot subsets of the train part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from chasm.data.store import SubjectStore, session_statistics
+from chasm.errors import ConfigError, DataError
+
+SPLITS = ("clean", "paper", "seeded")
+FRACTIONS = (0.7, 0.1, 0.2)
+"""Train, validation and test shares of a seeded split."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Three disjoint sets of images.
+
+    Attributes
+    ----------
+    name
+        ``clean``, ``paper`` or ``seeded``.
+    train, validation, test
+        Image ids, sorted int64, 0-based.
+
+    Raises
+    ------
+    DataError
+        If a part is empty, holds an id twice, or shares an id with another part.
+    """
+
+    name: str
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+
+    def __post_init__(self) -> None:
+        for part in ("train", "validation", "test"):
+            ids = np.sort(np.asarray(getattr(self, part), dtype=np.int64))
+            object.__setattr__(self, part, ids)
+            if not ids.size:
+                raise DataError(
+                    f"split {self.name}:{part}",
+                    "has no images",
+                    "Use another split, or data with more sessions",
+                )
+        everything = np.concatenate([self.train, self.validation, self.test])
+        ids, counts = np.unique(everything, return_counts=True)
+        if (counts > 1).any():
+            raise DataError(
+                f"split {self.name}",
+                f"image {ids[counts > 1][0]} is in it more than once",
+                "Make the parts disjoint",
+            )
+
+
+def make_split(
+    store: SubjectStore, name: str, seed: int | None = None, validation_fraction: float = 0.05
+) -> Split:
+    """Divide the images that have trials in a store.
+
+    Parameters
+    ----------
+    store
+        The subject.
+    name
+        ``clean``: train on images only this subject saw, validate on shared images outside the
+        special ones, test on the special ones (seen three times by everyone).
+        ``paper``: test on all shared images, validate on a seeded `validation_fraction` of the
+        others. ``seeded``: shares given when the store was prepared, else `FRACTIONS`.
+    seed
+        For ``paper`` and ``seeded``; default: the store's own split seed, else 0.
+    validation_fraction
+        For ``paper``.
+
+    Raises
+    ------
+    ConfigError
+        If the name or the fraction cannot be used.
+    DataError
+        If a part would be empty.
+    """
+    if name not in SPLITS:
+        raise ConfigError("split", f"unknown '{name}'", f"Use one of {', '.join(SPLITS)}")
+    if not 0 < validation_fraction < 1:
+        raise ConfigError(
+            "validation_fraction", f"{validation_fraction} is not between 0 and 1", "Use e.g. 0.05"
+        )
+    table = store.images
+    if seed is None:
+        seed = int(store.attributes.get("split_seed", 0))
+    if name == "seeded":
+        fractions = store.attributes.get("split_fractions", FRACTIONS)
+        return Split(name, *seeded_parts(table.ids, seed, [float(f) for f in fractions]))
+    if not table.shared.any():
+        raise DataError(
+            f"{store.path}:/images/shared",
+            f"no shared images, so there is no {name} split",
+            "Use the split 'seeded'",
+        )
+    own, shared = table.ids[~table.shared], table.shared
+    if name == "clean":
+        special = table.special
+        return Split(name, own, table.ids[shared & ~special], table.ids[shared & special])
+    order = np.random.default_rng(seed).permutation(own)
+    n_validation = max(1, round(validation_fraction * len(own)))
+    return Split(name, order[n_validation:], order[:n_validation], table.ids[shared])
+
+
+def seeded_parts(
+    image_ids: np.ndarray, seed: int, fractions: Sequence[float] = FRACTIONS
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Divide image ids at random into train, validation and test.
+
+    Parameters
+    ----------
+    image_ids
+        (images,) distinct ids; their order does not matter.
+    seed
+        Same seed, same parts.
+    fractions
+        Train, validation, test; positive, sum 1.
+
+    Returns
+    -------
+    train, validation, test
+        Sorted int64 ids; every id is in exactly one.
+
+    Raises
+    ------
+    ConfigError
+        If the fractions are not three positive numbers of sum 1.
+    """
+    shares = np.asarray(fractions, dtype=np.float64)
+    if shares.shape != (3,) or not (shares > 0).all() or abs(shares.sum() - 1) > 1e-6:
+        raise ConfigError(
+            "split_fractions",
+            f"{list(fractions)} are not three positive numbers of sum 1",
+            f"Use e.g. {list(FRACTIONS)}",
+        )
+    order = np.random.default_rng(seed).permutation(np.sort(np.asarray(image_ids, np.int64)))
+    ends = np.round(np.cumsum(shares)[:2] * len(order)).astype(int)
+    train, validation, test = np.split(order, ends)
+    return np.sort(train), np.sort(validation), np.sort(test)
+
+
+def few_shot(split: Split, n: int, seed: int) -> Split:
+    """Keep `n` train images, drawn at random; smaller sets of a seed are inside larger ones.
+
+    Raises
+    ------
+    ConfigError
+        If `n` is not between 1 and the number of train images.
+    """
+    if not 1 <= n <= len(split.train):
+        raise ConfigError(
+            "few_shot.n", f"{n} of {len(split.train)} train images", "Ask for fewer, at least 1"
+        )
+    return replace(split, train=np.random.default_rng(seed).permutation(split.train)[:n])
+
+
+def training_statistics(store: SubjectStore, split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """Session statistics that no validation or test trial has touched.
+
+    The store's own train statistics are used when their images are all outside validation and
+    test (the clean split; the seeded split of an array store); else they are computed from the
+    trials of the split's train images.
+
+    Returns
+    -------
+    mean, std
+        Each (sessions, voxels) float32, in units of value / scale.
+
+    Raises
+    ------
+    DataError
+        If a session has too few train trials, or a voxel does not vary over them.
+    """
+    held_out = np.concatenate([split.validation, split.test])
+    if not np.isin(store.normalisation_image_ids, held_out).any():
+        return store.normalisation("train")
+    use = store.trials["image_id"].isin(split.train).to_numpy()
+    mean, std = session_statistics(store.betas, store.session_index, use, store.scale)
+    bad = ~(std > 0)
+    if bad.any():
+        sessions = np.unique(store.trials["session"])[bad.any(axis=1)]
+        raise DataError(
+            f"{store.path}:/betas",
+            f"train trials of split {split.name} do not vary in session {sessions[0]} "
+            f"for {int(bad.any(axis=0).sum())} of {store.n_voxels} voxels",
+            "Use more train images, or leave that session out when preparing",
+        )
+    return mean, std

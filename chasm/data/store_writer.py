@@ -1,0 +1,184 @@
+"""Writing a subject store: rows are streamed in, and the file appears only when it is complete."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import h5py
+import numpy as np
+
+from chasm.data.images import StoredImages
+from chasm.data.store_format import (
+    FORMAT,
+    FORMAT_VERSION,
+    TRIAL_FIELDS,
+    VOXEL_FIELDS,
+    validate,
+)
+from chasm.errors import StoreError
+from chasm.io import atomic_path
+
+_DTYPES = {"session": np.int16, "run": np.int16, "image_id": np.int64, "repeat": np.int16}
+_INDEX_FIELDS = ("i", "j", "k")
+
+
+class StoreWriter:
+    """Write one subject store; use it as a context manager.
+
+    When the block ends well the file is validated and moved to its name; when it raises,
+    nothing is left and an older file is untouched.
+
+    Parameters
+    ----------
+    path
+        The store to make.
+    n_trials, n_voxels
+        Shape of the betas.
+    dtype
+        int16 or float32.
+    scale
+        Stored value / scale is the unit of the responses.
+    """
+
+    def __init__(
+        self, path: Path, *, n_trials: int, n_voxels: int, dtype: Any, scale: float
+    ) -> None:
+        self._target = path
+        self._shape = (n_trials, n_voxels)
+        self._dtype = np.dtype(dtype)
+        self._scale = float(scale)
+        self._stack = ExitStack()
+        self._row = 0
+        self._hash = hashlib.sha256()
+
+    def __enter__(self) -> StoreWriter:
+        self._temporary = self._stack.enter_context(atomic_path(self._target))
+        self._file = self._stack.enter_context(
+            h5py.File(self._temporary, "w", alignment_threshold=4096, alignment_interval=4096)
+        )
+        self._betas = self._file.create_dataset("betas", shape=self._shape, dtype=self._dtype)
+        self._betas.attrs["scale"] = self._scale
+        self._file.create_group("rois")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self._stack.__exit__(kind, error, traceback)
+            return
+        with self._stack:
+            if self._row != self._shape[0]:
+                raise StoreError(
+                    f"{self._target}:/betas",
+                    f"{self._row} of {self._shape[0]} trials were written",
+                    "Append every trial before closing",
+                )
+            self._file.attrs["fingerprint"] = self._fingerprint()
+            validate(self._target, self._file)
+
+    def append(self, rows: np.ndarray) -> None:
+        """Add trials: (n, voxels) stored values, in the order of `write_trials`."""
+        rows = np.ascontiguousarray(rows, dtype=self._dtype)
+        self._betas[self._row : self._row + len(rows)] = rows
+        self._hash.update(rows.data)
+        self._row += len(rows)
+
+    def write_trials(self, **columns: np.ndarray) -> None:
+        """Write `session` (1-based), `run`, `image_id` and `repeat` (0-based), each (trials,)."""
+        for name in TRIAL_FIELDS:
+            self._file[f"trials/{name}"] = np.asarray(columns[name], _DTYPES[name])
+
+    def write_voxels(self, counts: Mapping[str, int], **columns: np.ndarray) -> None:
+        """Write the columns of /voxels that are known, each (voxels,), and how many were left out.
+
+        Parameters
+        ----------
+        counts
+            Attributes of the group, e.g. ``n_constant``.
+        columns
+            Any of `VOXEL_FIELDS`; indices not given become −1, other fields NaN.
+        """
+        group = self._file.create_group("voxels")
+        for name in VOXEL_FIELDS:
+            index = name in _INDEX_FIELDS
+            values = columns.get(name, np.full(self._shape[1], -1 if index else np.nan))
+            group[name] = np.asarray(values, np.int32 if index else np.float32)
+        group.attrs.update(counts)
+
+    def write_roi(self, atlas: str, labels: np.ndarray, names: Mapping[int, str]) -> None:
+        """Write one atlas: labels (voxels,) −1/0/k and the name of each k."""
+        group = self._file.create_group(f"rois/{atlas}")
+        group["labels"] = np.asarray(labels, np.int16)
+        group.attrs["names"] = json.dumps({str(k): name for k, name in names.items()})
+
+    def write_images(
+        self,
+        ids: np.ndarray,
+        shared: np.ndarray,
+        special: np.ndarray,
+        source: StoredImages,
+    ) -> None:
+        """Write which images have trials, (images,) each, and where their pixels are."""
+        group = self._file.create_group("images")
+        group["ids"] = np.asarray(ids, np.int64)
+        group["shared"] = np.asarray(shared, bool)
+        group["special"] = np.asarray(special, bool)
+        group.attrs.update(
+            kind=source.kind,
+            path=str(source.path),
+            key=source.key,
+            fingerprint=source.fingerprint,
+            fingerprint_ids=np.asarray(source.sample_ids, np.int64),
+        )
+
+    def write_normalisation(
+        self, which: str, mean: np.ndarray, std: np.ndarray, image_ids: np.ndarray | None = None
+    ) -> None:
+        """Write session statistics, (sessions, voxels) each, in units of value / scale."""
+        group = self._file.create_group(f"normalisation/{which}")
+        group["mean"] = np.asarray(mean, np.float32)
+        group["std"] = np.asarray(std, np.float32)
+        if image_ids is not None:
+            group["image_ids"] = np.asarray(image_ids, np.int64)
+
+    def write_attributes(
+        self,
+        *,
+        affine: np.ndarray | None = None,
+        volume_shape: tuple[int, ...] | None = None,
+        **attributes: Any,
+    ) -> None:
+        """Write the root attributes; a store without a volume has shape 0 and a NaN affine."""
+        self._file.attrs.update(
+            format=FORMAT,
+            format_version=FORMAT_VERSION,
+            created_by=f"chasm {_chasm_version()}",
+            affine=np.full((4, 4), np.nan) if affine is None else np.asarray(affine, float),
+            volume_shape=np.asarray(volume_shape or (0, 0, 0), np.int64),
+            **attributes,
+        )
+
+    def _fingerprint(self) -> str:
+        """Digest of betas, scale, trials and the voxels' places."""
+        self._hash.update(repr((self._shape, str(self._dtype), self._scale)).encode())
+        for name in [f"trials/{n}" for n in TRIAL_FIELDS] + [f"voxels/{n}" for n in VOXEL_FIELDS]:
+            self._hash.update(np.ascontiguousarray(self._file[name][:]).data)
+        return self._hash.hexdigest()[:32]
+
+
+def _chasm_version() -> str:
+    try:
+        return version("chasm-fmri")
+    except PackageNotFoundError:
+        return "from a source tree"
