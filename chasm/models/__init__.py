@@ -1,0 +1,1 @@
+"""Models as plain ``torch.nn.Module``: the selective scan, Mamba blocks and Stage 1."""

@@ -1,0 +1,400 @@
+"""Stage 1: tokens of an image to parcel responses through a global and a local Mamba stream."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from chasm.errors import ConfigError
+from chasm.models.mamba import ResidualMamba
+
+GateKind = Literal["image", "parcel"]
+Direction = Literal["forward", "alternate"]
+
+
+class Stage1Output(NamedTuple):
+    """What Stage 1 gives for a batch of images."""
+
+    parcels: Tensor
+    """(images, parcels), the prediction, z-scored percent signal change."""
+    global_parcels: Tensor
+    """(images, parcels), the global stream's prediction."""
+    local_parcels: Tensor
+    """(images, parcels), the local stream's prediction."""
+    gate: Tensor
+    """(images, 1 or parcels, 2), shares of the global and of the local stream; they sum to 1."""
+    global_features: Tensor
+    """(images, d_model), pooled tokens of the global stream."""
+    local_features: Tensor
+    """(images, d_model), pooled tokens of the local stream."""
+    visual_embedding: Tensor
+    """(images, d_embedding), for the contrastive loss; not normalised."""
+
+
+class TokenScaler(nn.Module):
+    """Standardise tokens by statistics that travel with the checkpoint; identity until set.
+
+    Parameters
+    ----------
+    shape
+        Trailing axes of the tokens that have their own statistics: (width,) or (layers, width).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("std", torch.ones(shape))
+
+    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Use these statistics of the train images; where `std` is 0 the channel is only centred.
+
+        Raises
+        ------
+        ConfigError
+            If the shapes are not those of the scaler or a value is not finite.
+        """
+        for name, value in (("mean", mean), ("std", std)):
+            if value.shape != self.mean.shape or not value.isfinite().all():
+                raise ConfigError(
+                    f"token scaler:{name}",
+                    f"shape {tuple(value.shape)} or values not finite, "
+                    f"expected {tuple(self.mean.shape)}",
+                    "Compute statistics over the train images' tokens.",
+                )
+        self.mean.copy_(mean)
+        self.std.copy_(torch.where(std > 0, std, torch.ones_like(std)))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Standardise (images, ..., *shape) tokens."""
+        return (tokens.to(self.mean.dtype) - self.mean) / self.std
+
+
+class TokenNoise(nn.Module):
+    """Add Gaussian noise to tokens in training.
+
+    Parameters
+    ----------
+    std
+        Standard deviation, in units of the scaled tokens.
+    """
+
+    def __init__(self, std: float) -> None:
+        super().__init__()
+        self.std = std
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return tokens of the same shape."""
+        if not self.training or self.std == 0:
+            return tokens
+        return tokens + self.std * torch.randn_like(tokens)
+
+
+class GlobalStream(nn.Module):
+    """CLS tokens to parcels: the "what" route.
+
+    Linear, LayerNorm, residual Mamba blocks over the CLS tokens (one per backbone layer, in the
+    backbone's order), mean over them, then LayerNorm and Linear.
+
+    Parameters
+    ----------
+    width
+        Width of a CLS token.
+    n_parcels
+        Outputs.
+    d_model
+        Width inside.
+    blocks
+        Residual Mamba blocks, used in order.
+    dropout
+        Before the head.
+    """
+
+    def __init__(
+        self, width: int, n_parcels: int, d_model: int, blocks: list[ResidualMamba], dropout: float
+    ) -> None:
+        super().__init__()
+        self.projection = nn.Linear(width, d_model)
+        self.norm = nn.LayerNorm(d_model)
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Sequential(
+            nn.LayerNorm(d_model), nn.Dropout(dropout), nn.Linear(d_model, n_parcels)
+        )
+
+    def forward(self, cls: Tensor) -> tuple[Tensor, Tensor]:
+        """Map (images, layers, width) to features (images, d_model) and (images, parcels)."""
+        features = self.blocks(self.norm(self.projection(cls))).mean(1)
+        return features, self.head(features)
+
+
+class LocalStream(nn.Module):
+    """Patch tokens to parcels: the "where" route.
+
+    Linear, learned position embedding, LayerNorm, residual Mamba blocks over the patches in
+    raster order, mean over patches, then LayerNorm, Linear, GELU and Linear.
+
+    Parameters
+    ----------
+    width
+        Width of a patch token.
+    n_patches
+        Patches, in raster order.
+    n_parcels
+        Outputs.
+    d_model, d_hidden
+        Width inside and in the head.
+    blocks
+        Residual Mamba blocks, used in order.
+    dropout
+        In the head.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        n_patches: int,
+        n_parcels: int,
+        d_model: int,
+        d_hidden: int,
+        blocks: list[ResidualMamba],
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.projection = nn.Linear(width, d_model)
+        self.position = nn.Parameter(torch.empty(n_patches, d_model))
+        nn.init.trunc_normal_(self.position, std=0.02)
+        self.norm = nn.LayerNorm(d_model)
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Sequential(
+            nn.LayerNorm(d_model),
+            nn.Linear(d_model, d_hidden),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(d_hidden, n_parcels),
+        )
+
+    def forward(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Map (images, patches, width) to features (images, d_model) and (images, parcels)."""
+        tokens = self.norm(self.projection(patches) + self.position)
+        features = self.blocks(tokens).mean(1)
+        return features, self.head(features)
+
+
+class FusionGate(nn.Module):
+    """Shares of the two streams from their pooled features.
+
+    Parameters
+    ----------
+    d_model
+        Width of each stream's features.
+    n_gates
+        1 for a gate per image (CHASMBrain), or the number of parcels.
+    d_hidden
+        Width of the hidden layer.
+    """
+
+    def __init__(self, d_model: int, n_gates: int, d_hidden: int) -> None:
+        super().__init__()
+        self.n_gates = n_gates
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * d_model, d_hidden), nn.GELU(), nn.Linear(d_hidden, 2 * n_gates)
+        )
+
+    def forward(self, global_features: Tensor, local_features: Tensor) -> Tensor:
+        """Map two (images, d_model) to (images, gates, 2): global and local share, sum 1."""
+        logits = self.mlp(torch.cat([global_features, local_features], dim=-1))
+        return logits.unflatten(-1, (self.n_gates, 2)).softmax(-1)
+
+
+class ContrastiveHeads(nn.Module):
+    """Projections of visual features and of parcel vectors to one space.
+
+    Each is Linear, GELU, Linear, LayerNorm.
+
+    Parameters
+    ----------
+    d_model
+        Width of the visual features.
+    n_parcels
+        Length of a parcel vector.
+    d_hidden, d_embedding
+        Width of the hidden layer and of the common space.
+    """
+
+    def __init__(self, d_model: int, n_parcels: int, d_hidden: int, d_embedding: int) -> None:
+        super().__init__()
+        self.visual = _projection(d_model, d_hidden, d_embedding)
+        self.response = _projection(n_parcels, d_hidden, d_embedding)
+
+
+class DualStreamEncoder(nn.Module):
+    """Predict parcel responses from CLS and patch tokens (CHASMBrain, Stage 1).
+
+    The defaults are the paper's sizes; a recipe gives the options that its code sets (dropout,
+    clamp). Sizes that depend on the data come first and have no default.
+
+    Parameters
+    ----------
+    cls_width, n_cls
+        Width and number of CLS tokens per image (one per backbone layer).
+    patch_width, n_patches
+        Width and number of patch tokens per image.
+    n_parcels
+        Parcels to predict.
+    d_model
+        Width of both streams.
+    global_blocks, local_blocks
+        Residual Mamba blocks of each stream.
+    d_state, d_conv, expand
+        Of the Mamba layers.
+    dropout
+        Of the residual branches and the heads.
+    token_noise
+        Standard deviation of Gaussian noise on the scaled tokens in training.
+    gate
+        "image": one gate per image (paper); "parcel": one per image and parcel.
+    direction
+        Of the local stream: "forward" through the raster (paper), or "alternate": every second
+        block runs backward.
+    block_norm
+        Whether blocks have a LayerNorm before the Mamba layer (not in the paper).
+    residual_clamp
+        Largest magnitude of a residual branch, or None.
+    full_precision
+        Whether Mamba layers run in float32 under autocast.
+    d_head, d_gate, d_contrast, d_embedding
+        Hidden width of the local head, the gate and the contrastive heads; their output width.
+    scan
+        Back end of the selective scan.
+
+    Raises
+    ------
+    ConfigError
+        If a size is below 1, or `gate` or `direction` is unknown.
+    """
+
+    def __init__(
+        self,
+        cls_width: int,
+        n_cls: int,
+        patch_width: int,
+        n_patches: int,
+        n_parcels: int,
+        d_model: int = 512,
+        global_blocks: int = 2,
+        local_blocks: int = 4,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dropout: float = 0.0,
+        token_noise: float = 0.1,
+        gate: GateKind = "image",
+        direction: Direction = "forward",
+        block_norm: bool = False,
+        residual_clamp: float | None = None,
+        full_precision: bool = True,
+        d_head: int = 256,
+        d_gate: int = 512,
+        d_contrast: int = 512,
+        d_embedding: int = 256,
+        scan: str = "auto",
+    ) -> None:
+        super().__init__()
+        sizes = {"cls_width": cls_width, "n_cls": n_cls, "patch_width": patch_width}
+        sizes |= {"n_patches": n_patches, "n_parcels": n_parcels, "d_model": d_model}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ConfigError(f"model:{name}", f"found {size}", "Use a size of 1 or above.")
+        _check_choice("gate", gate, ("image", "parcel"))
+        _check_choice("direction", direction, ("forward", "alternate"))
+        self.n_parcels = n_parcels
+
+        def blocks(count: int, alternate: bool) -> list[ResidualMamba]:
+            return [
+                ResidualMamba(
+                    d_model,
+                    d_state,
+                    d_conv,
+                    expand,
+                    dropout=dropout,
+                    norm=block_norm,
+                    clamp=residual_clamp,
+                    reverse=alternate and number % 2 == 1,
+                    full_precision=full_precision,
+                    scan=scan,
+                )
+                for number in range(count)
+            ]
+
+        self.cls_scaler = TokenScaler(n_cls, cls_width)
+        self.patch_scaler = TokenScaler(patch_width)
+        self.noise = TokenNoise(token_noise)
+        self.global_stream = GlobalStream(
+            cls_width, n_parcels, d_model, blocks(global_blocks, False), dropout
+        )
+        self.local_stream = LocalStream(
+            patch_width,
+            n_patches,
+            n_parcels,
+            d_model,
+            d_head,
+            blocks(local_blocks, direction == "alternate"),
+            dropout,
+        )
+        self.gate = FusionGate(d_model, 1 if gate == "image" else n_parcels, d_gate)
+        self.contrastive = ContrastiveHeads(d_model, n_parcels, d_contrast, d_embedding)
+
+    def forward(self, cls: Tensor, patches: Tensor) -> Stage1Output:
+        """Predict a batch.
+
+        Parameters
+        ----------
+        cls
+            (images, n_cls, cls_width), any floating dtype.
+        patches
+            (images, n_patches, patch_width), any floating dtype.
+
+        Returns
+        -------
+        Stage1Output
+            The prediction ``gate[..., 0] * global + gate[..., 1] * local`` and its parts.
+        """
+        global_features, global_parcels = self.global_stream(self.noise(self.cls_scaler(cls)))
+        local_features, local_parcels = self.local_stream(self.noise(self.patch_scaler(patches)))
+        gate = self.gate(global_features, local_features)
+        parcels = gate[..., 0] * global_parcels + gate[..., 1] * local_parcels
+        share = gate.mean(1)
+        fused = share[:, :1] * global_features + share[:, 1:] * local_features
+        return Stage1Output(
+            parcels,
+            global_parcels,
+            local_parcels,
+            gate,
+            global_features,
+            local_features,
+            self.contrastive.visual(fused),
+        )
+
+    def embed_parcels(self, parcels: Tensor) -> Tensor:
+        """Embed true parcel vectors (images, parcels) as (images, d_embedding)."""
+        embedding: Tensor = self.contrastive.response(parcels)
+        return embedding
+
+
+def _projection(width: int, d_hidden: int, d_embedding: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(width, d_hidden),
+        nn.GELU(),
+        nn.Linear(d_hidden, d_embedding),
+        nn.LayerNorm(d_embedding),
+    )
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        listed = ", ".join(choices)
+        raise ConfigError(f"model:{name}", f"found {value!r}", f"Use one of: {listed}.")
