@@ -1,0 +1,141 @@
+"""What models are given: batches of tokens and betas, fetched whole from memory maps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from chasm.data.store import SubjectStore
+from chasm.features.cache import TokenCache
+
+
+class Batch(TypedDict):
+    """What every model is given.
+
+    Attributes
+    ----------
+    cls
+        CLS tokens, (images, CLS layers, width).
+    patches
+        Patch tokens, (images, patches, width).
+    betas
+        Responses, (images, voxels), session-z-scored; the mean over repeats where the
+        batch holds images, one presentation where it holds trials.
+    image_id
+        0-based row of the stimulus file, (images,).
+    trial
+        0-based row of the store; the image's first presentation where repeats are
+        averaged, (images,).
+    """
+
+    cls: Tensor
+    patches: Tensor
+    betas: Tensor
+    image_id: Tensor
+    trial: Tensor
+
+
+class EncodingDataset(Dataset[Batch]):
+    """Images (or single trials) with their tokens and z-scored betas, fetched batch-wise.
+
+    Parameters
+    ----------
+    store, tokens
+        Where betas and tokens come from; both are memory-mapped.
+    image_ids
+        Images to use, (images,).
+    mean, std
+        Session statistics, (sessions, voxels).
+    samples
+        ``image_means``: one item per image, its repeats averaged; ``trials``: one item per
+        presentation.
+    """
+
+    def __init__(
+        self,
+        store: SubjectStore,
+        tokens: TokenCache,
+        image_ids: np.ndarray,
+        mean: np.ndarray,
+        std: np.ndarray,
+        samples: Literal["image_means", "trials"],
+    ) -> None:
+        self.store, self.tokens = store, tokens
+        self.mean, self.std = mean, std
+        trial_images = store.trials["image_id"].to_numpy()
+        trials = np.flatnonzero(np.isin(trial_images, image_ids))
+        if samples == "trials":
+            self.trials = [np.array([t]) for t in trials]
+            self.image_ids = trial_images[trials]
+        else:
+            order = trials[np.argsort(trial_images[trials], kind="stable")]
+            self.image_ids, first = np.unique(trial_images[order], return_index=True)
+            self.trials = np.split(order, first[1:])
+
+    def __len__(self) -> int:
+        return len(self.trials)
+
+    def betas(self, items: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Z-scored responses of some items, repeats averaged: (items, voxels) float32."""
+        groups = [self.trials[i] for i in items]
+        counts = np.array([len(g) for g in groups])
+        rows = self.store.zscore(np.concatenate(groups), self.mean, self.std)
+        if (counts == 1).all():
+            return rows
+        starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+        sums = np.add.reduceat(rows, starts, axis=0)
+        return (sums / counts[:, None]).astype(np.float32)
+
+    def repeat_betas(self) -> np.ndarray:
+        """Every presentation: (items, most repeats, voxels) float32, NaN where there is none."""
+        most = max(len(g) for g in self.trials)
+        result = np.full((len(self), most, self.store.n_voxels), np.nan, np.float32)
+        for row, group in enumerate(self.trials):
+            result[row, : len(group)] = self.store.zscore(group, self.mean, self.std)
+        return result
+
+    @property
+    def repeats(self) -> np.ndarray:
+        """Number of presentations behind each item, (items,)."""
+        return np.array([len(g) for g in self.trials])
+
+    def __getitems__(self, items: list[int]) -> Batch:
+        images = self.image_ids[items]
+        return Batch(
+            cls=torch.from_numpy(np.asarray(self.tokens.cls[images])),
+            patches=torch.from_numpy(np.asarray(self.tokens.patches[images])),
+            betas=torch.from_numpy(self.betas(items)),
+            image_id=torch.from_numpy(images),
+            trial=torch.tensor([int(self.trials[i][0]) for i in items]),
+        )
+
+    def __getitem__(self, item: int) -> Batch:
+        return self.__getitems__([item])
+
+
+class EpochShuffle(Sampler[int]):
+    """A shuffle that depends only on the seed and the epoch, so a resumed run repeats it."""
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length, self.seed, self.epoch = length, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls this at the start of every epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+        yield from order.tolist()
+
+    def __len__(self) -> int:
+        return self.length
+
+
+def whole_batch(batch: Any) -> Any:
+    """Collate nothing: the dataset already fetched a whole batch."""
+    return batch

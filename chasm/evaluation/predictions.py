@@ -1,0 +1,351 @@
+"""The predictions file: everything that scores, tables, maps and reports are made from.
+
+One HDF5 file per test run, whole or absent::
+
+    /image_id (images,)  /repeats (images,)          0-based stimulus rows, trials averaged
+    /target (images, units)                          mean over repeats of the z-scored betas
+    /train_mean (units,)                             mean of the target over the train images
+    /repeat_targets (images, repeats, units)         optional, NaN where a repeat is missing
+    /predictions/<row> (images, units)               attrs kind, n_parameters, details (JSON)
+    /targets/<name>/{values, train_mean[, ncsnr]}    optional, other targets of the same trials
+    /units/{size, ncsnr, position}                   voxels per unit, ncsnr, mm (NaN: unknown)
+    /membership/<atlas> (units, labels)              voxels of each unit in each ROI, attr names
+    /gate (images, 1 | units, 2)                     optional, weights of global and local stream
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from chasm.errors import DataError
+from chasm.io import atomic_path
+
+FORMAT = "chasm-predictions"
+FORMAT_VERSION = 1
+
+RESERVED_ROWS = ("mean pattern", "noise ceiling")
+"""Rows that are computed from the file itself, for each of its targets."""
+
+FloatArray = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class PredictionRow:
+    """The predictions of one model or baseline.
+
+    Attributes
+    ----------
+    values
+        (images, units), in the units of the target.
+    kind
+        ``model`` or ``baseline``.
+    n_parameters
+        Trained parameters, None when unknown.
+    details
+        JSON-serialisable facts (spaces, penalties, checkpoint, the target it was trained on).
+    """
+
+    values: FloatArray
+    kind: Literal["model", "baseline"]
+    n_parameters: int | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AlternativeTarget:
+    """Another reading of the same test trials, e.g. the top-p parcel mean.
+
+    Attributes
+    ----------
+    values
+        (images, units).
+    train_mean
+        (units,), mean of this target over the train images.
+    ncsnr
+        (units,), None when it is not known for this target; then nothing is divided by it.
+    """
+
+    values: FloatArray
+    train_mean: FloatArray
+    ncsnr: FloatArray | None = None
+
+
+@dataclass(frozen=True)
+class Units:
+    """What is predicted: voxels, or parcels of voxels.
+
+    Attributes
+    ----------
+    size
+        (units,), voxels per unit (1 for voxels).
+    ncsnr
+        (units,), noise-ceiling signal-to-noise ratio of a single trial; NaN where unknown.
+    position
+        (units, 3), centre in mm; NaN where unknown.
+    """
+
+    size: NDArray[np.int64]
+    ncsnr: FloatArray
+    position: FloatArray
+
+
+@dataclass(frozen=True)
+class Membership:
+    """How many voxels of each unit lie in each ROI of an atlas.
+
+    Attributes
+    ----------
+    counts
+        (units, ROIs), voxels.
+    names
+        ROI names, in the order of the columns.
+    """
+
+    counts: NDArray[np.int64]
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """Where the predictions come from.
+
+    Attributes
+    ----------
+    subject, dataset
+        E.g. ``subj01`` of ``nsd``.
+    simulated
+        True for simulated data; every table and page then says so.
+    unit
+        ``parcel`` or ``voxel``.
+    split
+        Name of the split whose test images these are.
+    weights_label
+        Of the backbone: ``hub``, ``file:<sha>``, ``UNTRAINED`` or ``weight-free``.
+    model
+        Name of the trained model.
+    backbone
+        Name of the frozen backbone.
+    config
+        The resolved recipe, YAML.
+    fingerprints
+        Of the store, the token cache, the checkpoint.
+    """
+
+    subject: str
+    dataset: str
+    simulated: bool
+    unit: Literal["parcel", "voxel"]
+    split: str
+    weights_label: str = ""
+    model: str = ""
+    backbone: str = ""
+    config: str = ""
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PredictionFile:
+    """Targets, predictions and units of one test run; see the module for the file's layout.
+
+    Shapes are checked when the object is made.
+
+    Raises
+    ------
+    DataError
+        If a shape does not fit, a target or a prediction is not finite, an image occurs twice,
+        or a row has a reserved name.
+    """
+
+    image_id: NDArray[np.int64]
+    repeats: NDArray[np.int64]
+    target: FloatArray
+    train_mean: FloatArray
+    rows: Mapping[str, PredictionRow]
+    units: Units
+    info: RunInfo
+    membership: Mapping[str, Membership] = field(default_factory=dict)
+    repeat_targets: FloatArray | None = None
+    targets: Mapping[str, AlternativeTarget] = field(default_factory=dict)
+    gate: FloatArray | None = None
+    where: str = "predictions"
+
+    def __post_init__(self) -> None:
+        n_images, n_units = np.shape(self.target)
+        self._check_shape("repeats", self.repeats, (n_images,))
+        self._check_shape("image_id", self.image_id, (n_images,))
+        if len(np.unique(self.image_id)) != n_images:
+            raise self._error("image_id", "an image occurs twice", "Average its trials first.")
+        if np.min(self.repeats, initial=1) < 1:
+            raise self._error("repeats", "an image without a trial", "Leave such images out.")
+        self._check_values("target", self.target, (n_images, n_units))
+        self._check_values("train_mean", self.train_mean, (n_units,))
+        for name, row in self.rows.items():
+            if name in RESERVED_ROWS or "/" in name:
+                raise self._error(
+                    f"predictions/{name}",
+                    "this name cannot be used for a row",
+                    "It is computed from the file; leave it out or choose another name.",
+                )
+            self._check_values(f"predictions/{name}", row.values, (n_images, n_units))
+        for name, other in self.targets.items():
+            self._check_values(f"targets/{name}/values", other.values, (n_images, n_units))
+            self._check_values(f"targets/{name}/train_mean", other.train_mean, (n_units,))
+        self._check_shape("units/size", self.units.size, (n_units,))
+        self._check_shape("units/ncsnr", self.units.ncsnr, (n_units,))
+        self._check_shape("units/position", self.units.position, (n_units, 3))
+        for name, atlas in self.membership.items():
+            self._check_shape(f"membership/{name}", atlas.counts, (n_units, len(atlas.names)))
+        if self.repeat_targets is not None:
+            shape = (n_images, np.shape(self.repeat_targets)[1], n_units)
+            self._check_shape("repeat_targets", self.repeat_targets, shape)
+
+    @property
+    def n_images(self) -> int:
+        """Number of test images."""
+        return len(self.image_id)
+
+    @property
+    def n_units(self) -> int:
+        """Number of voxels or parcels."""
+        return self.target.shape[1]
+
+    def _error(self, name: str, problem: str, remedy: str) -> DataError:
+        return DataError(f"{self.where}:/{name}", problem, remedy)
+
+    def _check_shape(self, name: str, value: Any, expected: tuple[int, ...]) -> None:
+        if np.shape(value) != expected:
+            raise self._error(
+                name,
+                f"shape {np.shape(value)}, expected {expected}",
+                "Write the file again with `chasm test`.",
+            )
+
+    def _check_values(self, name: str, value: Any, expected: tuple[int, ...]) -> None:
+        self._check_shape(name, value, expected)
+        bad = int(np.size(value) - np.isfinite(value).sum())
+        if bad:
+            raise self._error(
+                name, f"{bad} NaN or infinite values", "Check the model and the store."
+            )
+
+    def write(self, path: Path) -> Path:
+        """Write the file atomically and return its path."""
+        with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
+            info = asdict(self.info)
+            info["fingerprints"] = json.dumps(dict(self.info.fingerprints))
+            file.attrs.update(info)
+            file.attrs["format"] = FORMAT
+            file.attrs["format_version"] = FORMAT_VERSION
+            for name in ("image_id", "repeats"):
+                file[name] = np.asarray(getattr(self, name), dtype=np.int64)
+            for name in ("target", "train_mean", "repeat_targets", "gate"):
+                if getattr(self, name) is not None:
+                    file[name] = np.asarray(getattr(self, name), dtype=np.float32)
+            file.create_group("predictions")
+            for index, (name, row) in enumerate(self.rows.items()):
+                dataset = file.create_dataset(
+                    f"predictions/{name}", data=np.asarray(row.values, dtype=np.float32)
+                )
+                dataset.attrs["order"] = index
+                dataset.attrs["kind"] = row.kind
+                dataset.attrs["n_parameters"] = -1 if row.n_parameters is None else row.n_parameters
+                dataset.attrs["details"] = json.dumps(dict(row.details))
+            for name, other in self.targets.items():
+                group = file.create_group(f"targets/{name}")
+                for key in ("values", "train_mean", "ncsnr"):
+                    if getattr(other, key) is not None:
+                        group[key] = np.asarray(getattr(other, key), dtype=np.float32)
+            file["units/size"] = np.asarray(self.units.size, dtype=np.int64)
+            file["units/ncsnr"] = np.asarray(self.units.ncsnr, dtype=np.float32)
+            file["units/position"] = np.asarray(self.units.position, dtype=np.float32)
+            for name, atlas in self.membership.items():
+                dataset = file.create_dataset(
+                    f"membership/{name}", data=np.asarray(atlas.counts, dtype=np.int64)
+                )
+                dataset.attrs["names"] = json.dumps(list(atlas.names))
+        return Path(path)
+
+    @classmethod
+    def read(cls, path: Path) -> PredictionFile:
+        """Read and validate a predictions file.
+
+        Raises
+        ------
+        DataError
+            If the file is missing, damaged, of another format or of a newer version.
+        """
+        remedy = "Write the file again with `chasm test`."
+        if not Path(path).is_file():
+            raise DataError(path, "no such file", "Run `chasm test` first.")
+        try:
+            with h5py.File(path, "r") as file:
+                if file.attrs.get("format") != FORMAT:
+                    raise DataError(f"{path}:format", f"not a {FORMAT} file", remedy)
+                version = int(file.attrs.get("format_version", 0))
+                if version > FORMAT_VERSION:
+                    raise DataError(
+                        f"{path}:format_version",
+                        f"{version}, but this chasm reads up to {FORMAT_VERSION}",
+                        "Update chasm.",
+                    )
+                return cls(**_read_fields(file), where=str(path))
+        except (OSError, KeyError, json.JSONDecodeError) as error:
+            raise DataError(path, f"damaged or incomplete ({error})", remedy) from error
+
+
+def _read_fields(file: h5py.File) -> dict[str, Any]:
+    attributes = {name: file.attrs[name] for name in RunInfo.__dataclass_fields__}
+    attributes["simulated"] = bool(attributes["simulated"])
+    attributes["fingerprints"] = json.loads(attributes["fingerprints"])
+    datasets = sorted(file["predictions"].items(), key=lambda item: item[1].attrs["order"])
+    rows = {}
+    for name, data in datasets:
+        count = int(data.attrs["n_parameters"])
+        rows[name] = PredictionRow(
+            data[:],
+            data.attrs["kind"],
+            None if count < 0 else count,
+            json.loads(data.attrs["details"]),
+        )
+    targets = {
+        name: AlternativeTarget(**{key: data[:] for key, data in group.items()})
+        for name, group in file.get("targets", {}).items()
+    }
+    membership = {
+        name: Membership(data[:], tuple(json.loads(data.attrs["names"])))
+        for name, data in file.get("membership", {}).items()
+    }
+    fields = {name: file[name][:] for name in ("image_id", "repeats", "target", "train_mean")}
+    fields |= {name: file[name][:] for name in ("repeat_targets", "gate") if name in file}
+    units = Units(**{name: file[f"units/{name}"][:] for name in Units.__dataclass_fields__})
+    return {
+        **fields,
+        "rows": rows,
+        "targets": targets,
+        "membership": membership,
+        "units": units,
+        "info": RunInfo(**attributes),
+    }
+
+
+def voxel_membership(labels: NDArray[Any], names: Mapping[int, str]) -> Membership:
+    """Membership of single voxels in the ROIs of an atlas.
+
+    Parameters
+    ----------
+    labels
+        (voxels,), NSD's convention: -1 outside cortex, 0 in no ROI, k in ROI k.
+    names
+        Name of each label k >= 1.
+    """
+    keys = [key for key in sorted(names) if key >= 1]
+    counts = np.asarray(labels)[:, None] == np.asarray(keys, dtype=np.int64)[None, :]
+    return Membership(counts.astype(np.int64), tuple(names[key] for key in keys))

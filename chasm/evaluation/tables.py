@@ -1,0 +1,323 @@
+"""Score tables for the terminal, for Markdown and for the report, from one tidy frame."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from chasm.evaluation.catalogue import (
+    GROUP_METRICS,
+    MAIN_METRICS,
+    PUBLISHED,
+    ROI_METRICS,
+    label_of,
+)
+from chasm.evaluation.scores import MAIN_TARGET, Scores
+
+STYLES = {"model": "bold", "reference": "dim", "ceiling": "italic"}
+_MIN_WIDTH = 110
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number with its interval, each None where there is none."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    signed: bool = False
+
+    @property
+    def text(self) -> str:
+        """The value, ``–`` when there is none."""
+        if self.value is None:
+            return "–"
+        return f"{self.value:+.3f}" if self.signed else f"{self.value:.3f}"
+
+    @property
+    def interval(self) -> str:
+        """``[low, high]``, empty when there is none."""
+        if self.low is None or self.high is None:
+            return ""
+        digits = "+.2f" if self.signed else ".2f"
+        return f"[{self.low:{digits}}, {self.high:{digits}}]"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a grid: its label, kind (for the style) and cells or plain texts."""
+
+    label: str
+    kind: str
+    cells: tuple[Cell | str, ...]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table in words and numbers, independent of how it is shown."""
+
+    title: str
+    columns: tuple[str, ...]
+    lines: tuple[Line, ...]
+    note: str = ""
+
+
+def headline(scores: Scores) -> str:
+    """Title of every table: SIMULATED when it is so, subject, unit, split, backbone."""
+    info = scores.info
+    parts = [
+        f"{info.subject} ({info.dataset})",
+        f"{info.unit}s",
+        f"split {info.split}",
+        f"{scores.n_images} test images",
+    ]
+    if info.backbone or info.weights_label:
+        weights = f" [{info.weights_label}]" if info.weights_label else ""
+        parts.append(f"backbone {info.backbone or 'unnamed'}{weights}")
+    prefix = "SIMULATED · " if info.simulated else ""
+    return prefix + " · ".join(parts)
+
+
+def target_name(target: str, unit: str) -> str:
+    """Return what a target is called in a title."""
+    main = "plain parcel means" if unit == "parcel" else "voxels"
+    return main if target == MAIN_TARGET else target
+
+
+def score_grid(
+    scores: Scores, metrics: Sequence[str], target: str = MAIN_TARGET, suffix: str = ""
+) -> Grid:
+    """Rows by metrics, over all units; `suffix` ends the title."""
+    unit = scores.info.unit
+    frame = scores.frame
+    frame = frame[(frame["target"] == target) & (frame["level"] == "all")]
+    variance = frame["target_variance"].iloc[0]
+    columns = tuple(
+        label_of(metric, unit, short=True)
+        + (f" (target variance {variance:.3f})" if metric == "mse" else "")
+        for metric in metrics
+    )
+    return Grid(
+        f"Scores against {target_name(target, unit)}{suffix}",
+        columns,
+        tuple(
+            Line(str(name), part["kind"].iloc[0], _cells(part, "metric", metrics))
+            for name, part in frame.groupby("row", sort=False)
+        ),
+        _left_out_note(frame[frame["metric"].isin(list(metrics))], unit),
+    )
+
+
+def difference_grid(
+    scores: Scores, metrics: Sequence[str], target: str = MAIN_TARGET
+) -> Grid | None:
+    """Models minus the best baseline on the same resamples; None without either."""
+    frame = scores.frame
+    frame = frame[
+        (frame["target"] == target) & (frame["level"] == "all") & (frame["kind"] == "model")
+    ]
+    if frame.empty or frame["best_baseline"].isna().all():
+        return None
+    best = frame["best_baseline"].iloc[0]
+    return Grid(
+        f"Difference to the best baseline ({best}), same resamples",
+        tuple(label_of(metric, scores.info.unit, short=True) for metric in metrics),
+        tuple(
+            Line(f"{name} − {best}", "model", _cells(part, "metric", metrics, "difference"))
+            for name, part in frame.groupby("row", sort=False)
+        ),
+        "For the squared error, below 0 is better." if "mse" in metrics else "",
+    )
+
+
+def group_grid(scores: Scores, metric: str, target: str = MAIN_TARGET) -> Grid | None:
+    """Rows by all / Early / Mid / Higher; None when there are no groups."""
+    frame = scores.frame
+    frame = frame[
+        (frame["target"] == target)
+        & (frame["metric"] == metric)
+        & frame["level"].isin(["all", "group"])
+    ]
+    regions = frame.drop_duplicates("region")
+    if len(regions) < 2:
+        return None
+    known = zip(regions["region"], regions["n_voxels"], regions["mean_nc"], strict=True)
+    facts = ", ".join(f"{region} {voxels} ({_number(nc)})" for region, voxels, nc in known)
+    return Grid(
+        f"{label_of(metric, scores.info.unit)}, by group",
+        tuple(regions["region"]),
+        tuple(
+            Line(str(name), part["kind"].iloc[0], _cells(part, "region", regions["region"]))
+            for name, part in frame.groupby("row", sort=False)
+        ),
+        f"Voxels (mean noise ceiling): {facts}.",
+    )
+
+
+def region_grid(scores: Scores, metric: str, target: str = MAIN_TARGET) -> Grid | None:
+    """ROIs by rows of the score table; None when no atlas is known."""
+    frame = scores.frame
+    frame = frame[
+        (frame["target"] == target) & (frame["metric"] == metric) & (frame["level"] == "roi")
+    ]
+    frame = frame[frame["kind"].isin(["model", "baseline"])]
+    if frame.empty:
+        return None
+    names = list(frame["row"].unique())
+    lines = []
+    for (atlas, region), part in frame.groupby(["atlas", "region"], sort=False):
+        first = part.iloc[0]
+        facts = (f"{first['n_voxels']}", f"{first['n_units']}", _number(first["mean_nc"]))
+        lines.append(Line(f"{region}", str(atlas), (*facts, *_cells(part, "row", names))))
+    unit = scores.info.unit
+    return Grid(
+        f"{label_of(metric, unit)}, by ROI",
+        ("Voxels", f"{unit.capitalize()}s", "Mean ceiling", *names),
+        tuple(lines),
+        f"A {unit} counts with its number of voxels in the ROI." if unit == "parcel" else "",
+    )
+
+
+def published_grid() -> Grid:
+    """List published numbers with what they measure, not to be ranked against ours."""
+    return Grid(
+        "Published numbers",
+        ("Metric", "Data", "Value"),
+        tuple(Line(row.system, "", (row.metric, row.data, row.value)) for row in PUBLISHED),
+        "Other data, other metrics: each stands on its own and none may be ranked against the "
+        "rows above or each other.",
+    )
+
+
+def grids(scores: Scores, group_metrics: Sequence[str] = GROUP_METRICS) -> list[Grid]:
+    """List the grids that a person reads first: scores, difference, groups."""
+    found = [
+        score_grid(scores, MAIN_METRICS[:5]),
+        score_grid(scores, MAIN_METRICS[5:], suffix=" (continued)"),
+        difference_grid(scores, MAIN_METRICS[:5]),
+        *(group_grid(scores, metric) for metric in group_metrics),
+    ]
+    return [grid for grid in found if grid is not None]
+
+
+def alternative_targets(scores: Scores) -> list[str]:
+    """Names of the targets beside the main one."""
+    return [name for name in scores.frame["target"].unique() if name != MAIN_TARGET]
+
+
+def target_grid(scores: Scores, target: str, n_metrics: int | None = None) -> Grid:
+    """Rows by the first metrics that have a value for a target, over all units."""
+    frame = scores.frame
+    part = frame[(frame["target"] == target) & (frame["level"] == "all")]
+    known = set(part.loc[part["value"].notna(), "metric"])
+    return score_grid(scores, [key for key in MAIN_METRICS if key in known][:n_metrics], target)
+
+
+def markdown(scores: Scores) -> str:
+    """Return the whole score table as Markdown."""
+    parts = [f"# {headline(scores)}", method(scores)]
+    parts += [_markdown_grid(grid) for grid in grids(scores)]
+    parts += [
+        _markdown_grid(grid)
+        for grid in (region_grid(scores, metric) for metric in ROI_METRICS)
+        if grid is not None
+    ]
+    for target in alternative_targets(scores):
+        parts.append(_markdown_grid(target_grid(scores, target)))
+    parts.append(_markdown_grid(published_grid()))
+    return "\n\n".join(parts) + "\n"
+
+
+def show(scores: Scores, console: Console | None = None) -> None:
+    """Print the score tables to a terminal."""
+    console = console or Console()
+    if console.width < _MIN_WIDTH and not console.is_terminal:
+        console.width = _MIN_WIDTH
+    shown = grids(scores, GROUP_METRICS[:1])
+    for target in alternative_targets(scores):
+        shown.append(target_grid(scores, target, 4))
+    title = Text(headline(scores), style="bold yellow" if scores.info.simulated else "bold")
+    console.print(Group(title, *(_rich_grid(grid) for grid in shown), Text(method(scores))))
+
+
+def _cells(
+    part: pd.DataFrame, by: str, keys: Iterable[str], column: str = "value"
+) -> tuple[Cell, ...]:
+    names = (
+        (column, "low", "high")
+        if column == "value"
+        else (column, f"{column}_low", f"{column}_high")
+    )
+    table = part.set_index(by)[list(names)].astype(float)
+    cells = []
+    for key in keys:
+        numbers = table.loc[key].to_numpy(dtype=float)
+        value, low, high = (None if math.isnan(x) else float(x) for x in numbers)
+        cells.append(Cell(value, low, high, signed=column != "value"))
+    return tuple(cells)
+
+
+def _number(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.3f}"
+
+
+def _left_out_note(frame: pd.DataFrame, unit: str) -> str:
+    """Say which rows have units or images without a correlation."""
+    texts = []
+    for metric, what in (
+        ("voxelwise_correlation_mean", f"{unit}s"),
+        ("pattern_correlation", "images"),
+    ):
+        part = frame[(frame["metric"] == metric) & (frame["left_out"] > 0)]
+        found = zip(part["row"], part["left_out"], strict=True)
+        texts += [f"{row}: {int(count)} {what}" for row, count in found]
+    if not texts:
+        return ""
+    return "Constant, so without a correlation and left out: " + "; ".join(texts) + "."
+
+
+def method(scores: Scores) -> str:
+    """Say how the intervals were made."""
+    if scores.n_boot == 0:
+        return "No intervals were computed."
+    return (
+        f"In brackets: 95 % intervals over images, {scores.n_boot} bootstrap resamples shared by "
+        f"all rows (seed {scores.seed}). Ceilings per {scores.info.unit} come from the repeats of "
+        "the whole recording and have no interval over test images."
+    )
+
+
+def _markdown_grid(grid: Grid) -> str:
+    rows = [["", *grid.columns]]
+    for line in grid.lines:
+        label = f"**{line.label}**" if line.kind == "model" else line.label
+        texts = [
+            cell if isinstance(cell, str) else f"{cell.text} {cell.interval}".strip()
+            for cell in line.cells
+        ]
+        rows.append([label, *texts])
+    lines = ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows]
+    lines.insert(1, "|---" + "|--:" * len(grid.columns) + "|")
+    note = f"\n\n{grid.note}" if grid.note else ""
+    return f"## {grid.title}\n\n" + "\n".join(lines) + note
+
+
+def _rich_grid(grid: Grid) -> Table:
+    table = Table(title=grid.title, caption=grid.note or None, title_justify="left")
+    table.caption_justify = "left"
+    table.add_column("")
+    for column in grid.columns:
+        table.add_column(column, justify="right")
+    for line in grid.lines:
+        cells = [
+            cell if isinstance(cell, str) else f"{cell.text}\n{cell.interval}".rstrip()
+            for cell in line.cells
+        ]
+        table.add_row(line.label, *(Text(cell) for cell in cells), style=STYLES.get(line.kind))
+    return table

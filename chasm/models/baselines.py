@@ -1,0 +1,382 @@
+"""Linear baselines on the frozen features: ridge, banded ridge and linear probe.
+
+Every baseline is one estimator, `LinearEncoder`, with another set of feature spaces and kernel
+weights. It works on linear kernels (images, images), because the flattened patch tokens of a
+ViT have two orders of magnitude more features (256 x 768) than there are images.
+
+The memory is that of the kernels, not of the features: with n train images and S spaces the
+peak is about ``4 bytes * (2 S + 4) n^2`` plus three copies of the targets, e.g. 2.6 GB for
+n = 9000 and S = 2, plus 1.7 GB for 16,000 units. The solver is himalaya's
+(Dupre la Tour et al., 2022), which the penalties per unit and the banded form come from.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from himalaya.kernel_ridge import (
+    predict_weighted_kernel_ridge,
+    solve_multiple_kernel_ridge_random_search,
+)
+from numpy.typing import NDArray
+
+from chasm.errors import ConfigError, DataError
+from chasm.progress import track
+
+logger = logging.getLogger(__name__)
+
+FloatArray = NDArray[np.float32]
+
+
+ALPHAS: FloatArray = np.logspace(-1, 5, 13, dtype=np.float32)
+"""Ridge penalties searched, for kernels scaled to a mean diagonal of 1."""
+
+BANDS: FloatArray = np.array(
+    [[0.5, 0.5], [1, 0], [0.9, 0.1], [0.7, 0.3], [0.3, 0.7], [0.1, 0.9], [0, 1]], dtype=np.float32
+)
+"""Shares of the (CLS, patches) kernels searched by banded ridge."""
+
+
+@dataclass(frozen=True)
+class FeatureKernels:
+    """Linear kernels of one feature space, scaled to a mean train diagonal of 1.
+
+    Attributes
+    ----------
+    train
+        (train images, train images), symmetric.
+    test
+        (test images, train images), None when no test rows were asked for.
+    n_features
+        Number of features that vary over the train images.
+    """
+
+    train: FloatArray
+    test: FloatArray | None
+    n_features: int
+
+
+def linear_kernels(
+    tokens: NDArray[Any],
+    train_rows: NDArray[np.int64],
+    test_rows: NDArray[np.int64] | None = None,
+    *,
+    block_bytes: int = 128 * 2**20,
+    description: str = "kernel",
+) -> FeatureKernels:
+    """Compute the linear kernels of one feature space, reading it in blocks of features.
+
+    Each feature is standardised by its mean and standard deviation over the train rows;
+    features that are constant there are left out.
+
+    Parameters
+    ----------
+    tokens
+        (images, ...), e.g. CLS tokens (images, layers, width) or patch tokens
+        (images, patches, width); any float dtype; may be a memory map, of which only the rows
+        asked for are read.
+    train_rows, test_rows
+        Rows of `tokens`.
+    block_bytes
+        Upper bound on the memory of one block of standardised features.
+    description
+        Name shown with the progress.
+
+    Raises
+    ------
+    DataError
+        If a token is not finite or no feature varies.
+    """
+    if tokens.ndim == 2:
+        tokens = tokens[:, :, None]
+    train_rows = np.asarray(train_rows, dtype=np.int64)
+    rows = train_rows if test_rows is None else np.concatenate([train_rows, test_rows])
+    n_train = len(train_rows)
+    inner = int(np.prod(tokens.shape[2:]))
+    step = max(1, block_bytes // (4 * len(rows) * inner))
+    starts = range(0, tokens.shape[1], step)
+    train = np.zeros((n_train, n_train), dtype=np.float32)
+    test = None
+    if test_rows is not None:
+        test = np.zeros((len(test_rows), n_train), dtype=np.float32)
+    n_features = 0
+    for start in track(starts, description, len(starts)) if len(starts) > 8 else starts:
+        block = np.asarray(tokens[rows, start : start + step], dtype=np.float32)
+        block = block.reshape(len(rows), -1)
+        if not np.isfinite(block).all():
+            raise DataError(
+                f"tokens:{description}",
+                "NaN or infinite values among the features",
+                "Check the token cache (extract again with --fresh).",
+            )
+        mean = block[:n_train].mean(axis=0, dtype=np.float64).astype(np.float32)
+        block -= mean
+        scale = np.sqrt(np.mean(np.square(block[:n_train]), axis=0, dtype=np.float64))
+        # A constant float32 column leaves rounding dust, not exactly 0.
+        varies = scale > 1e-6 * np.maximum(1.0, np.abs(mean))
+        block = block[:, varies] / scale[varies].astype(np.float32)
+        n_features += int(varies.sum())
+        train += block[:n_train] @ block[:n_train].T
+        if test is not None:
+            test += block[n_train:] @ block[:n_train].T
+    if n_features == 0:
+        raise DataError(
+            f"tokens:{description}",
+            "no feature varies over the train images",
+            "Use another backbone or more train images.",
+        )
+    factor = np.float32(1.0 / np.mean(np.diagonal(train), dtype=np.float64))
+    train *= factor
+    if test is not None:
+        test *= factor
+    return FeatureKernels(train, test, n_features)
+
+
+def image_folds(
+    groups: NDArray[np.int64], n_folds: int, seed: int
+) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Split rows into folds so that all rows of an image stay together.
+
+    Parameters
+    ----------
+    groups
+        (rows,), the image of each row.
+    n_folds
+        Number of folds; lowered to the number of images when that is smaller.
+    seed
+        Seed of the shuffle of the images.
+
+    Returns
+    -------
+    list of (train rows, held-out rows)
+    """
+    images, group_index = np.unique(groups, return_inverse=True)
+    if len(images) < 2:
+        raise DataError("groups", f"{len(images)} train image(s)", "Give at least 2 train images.")
+    n_folds = min(n_folds, len(images))
+    fold_of_image = np.random.default_rng(seed).permutation(np.arange(len(images)) % n_folds)
+    fold = fold_of_image[group_index]
+    return [(np.flatnonzero(fold != f), np.flatnonzero(fold == f)) for f in range(n_folds)]
+
+
+class LinearEncoder:
+    """Kernel ridge with the penalty, and the shares of the feature spaces, chosen per unit.
+
+    The choice is made by K-fold cross-validation (squared error) over the rows given to `fit`,
+    that is over train images only.
+
+    Parameters
+    ----------
+    spaces
+        Names of the feature spaces, e.g. ``("cls", "patches")``.
+    shares
+        (candidates, spaces), non-negative rows that sum to 1: how the kernels are mixed. One
+        row is ordinary ridge, several rows are banded ridge. Default: equal shares.
+    alphas
+        Penalties to choose from, relative to a kernel with a mean diagonal of 1.
+    n_folds, seed
+        Cross-validation over images.
+
+    Attributes
+    ----------
+    alpha_ : (units,) the penalty chosen.
+    shares_ : (units, spaces) the shares chosen.
+    """
+
+    def __init__(
+        self,
+        spaces: Sequence[str],
+        *,
+        shares: FloatArray | None = None,
+        alphas: FloatArray = ALPHAS,
+        n_folds: int = 5,
+        seed: int = 0,
+    ) -> None:
+        self.spaces = tuple(spaces)
+        equal = np.full((1, len(self.spaces)), 1 / len(self.spaces), dtype=np.float32)
+        self.shares = equal if shares is None else np.asarray(shares, dtype=np.float32)
+        if self.shares.shape[1] != len(self.spaces):
+            raise ConfigError(
+                "shares",
+                f"{self.shares.shape[1]} columns for {len(self.spaces)} feature spaces",
+                "Give one column per feature space.",
+            )
+        self.alphas = np.asarray(alphas, dtype=np.float32)
+        self.n_folds = n_folds
+        self.seed = seed
+
+    def fit(
+        self,
+        kernels: Mapping[str, FeatureKernels],
+        targets: NDArray[Any],
+        groups: NDArray[np.int64] | None = None,
+    ) -> LinearEncoder:
+        """Choose the penalties and fit the dual weights.
+
+        Parameters
+        ----------
+        kernels
+            Kernels by feature space.
+        targets
+            (train rows, units), e.g. z-scored betas averaged over the trials of an image.
+        groups
+            (train rows,), the image of each row when an image has several rows.
+
+        Raises
+        ------
+        DataError
+            If a target is not finite or the rows do not match.
+        """
+        stack = np.stack([kernels[name].train for name in self.spaces])
+        targets = np.asarray(targets, dtype=np.float32)
+        n_rows, n_units = targets.shape
+        if stack.shape[1] != n_rows:
+            raise DataError(
+                "targets",
+                f"{n_rows} rows, but kernels of {stack.shape[1]} rows",
+                "Give one row of targets per train row of the features.",
+            )
+        if not np.isfinite(targets).all():
+            raise DataError(
+                "targets",
+                "NaN or infinite train responses",
+                "Fit on train images only and check the store.",
+            )
+        groups = np.arange(n_rows) if groups is None else np.asarray(groups)
+        # A share of 0 has the log-weight -inf, which is meant.
+        with np.errstate(divide="ignore"):
+            deltas, dual, _, alpha, intercept = solve_multiple_kernel_ridge_random_search(
+                stack,
+                targets,
+                n_iter=self.shares,
+                alphas=self.alphas,
+                cv=image_folds(groups, self.n_folds, self.seed),
+                fit_intercept=True,
+                return_weights="dual",
+                return_alphas=True,
+                # Bounds of the solver's (alphas, rows, rows) and (alphas, rows, units) arrays.
+                n_targets_batch=min(n_units, 2048),
+                n_alphas_batch=int(np.clip(10**8 // n_rows**2, 1, len(self.alphas))),
+                progress_bar=False,
+            )
+        self.alpha_: FloatArray = np.asarray(alpha)
+        self.shares_: FloatArray = np.exp(np.asarray(deltas)).T * self.alpha_[:, None]
+        self._dual: FloatArray = np.asarray(dual)
+        self._deltas: FloatArray = np.asarray(deltas)
+        self._intercept: FloatArray = np.asarray(intercept)
+        self.n_parameters_ = n_units * (1 + sum(kernels[s].n_features for s in self.spaces))
+        return self
+
+    def predict(self, kernels: Mapping[str, FeatureKernels]) -> FloatArray:
+        """Predict (test images, units) from the test kernels.
+
+        Raises
+        ------
+        DataError
+            If the kernels were computed without test rows.
+        """
+        blocks = []
+        for name in self.spaces:
+            test = kernels[name].test
+            if test is None:
+                raise DataError(
+                    f"kernels:{name}",
+                    "no test kernel",
+                    "Give test_rows to linear_kernels.",
+                )
+            blocks.append(test)
+        predicted = predict_weighted_kernel_ridge(
+            np.stack(blocks), self._dual, self._deltas, n_targets_batch=2048
+        )
+        return np.asarray(predicted + self._intercept, dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class BaselinePrediction:
+    """What a baseline predicts for the test images.
+
+    Attributes
+    ----------
+    values
+        (test images, units) float32.
+    n_parameters
+        Primal weights plus intercepts.
+    details
+        Plain values that describe the fit: spaces, folds, penalties, shares.
+    """
+
+    values: FloatArray
+    n_parameters: int
+    details: dict[str, Any]
+
+
+def linear_baselines(n_folds: int = 5, seed: int = 0) -> dict[str, LinearEncoder]:
+    """Make the linear rows that every score table carries."""
+    options: dict[str, Any] = {"n_folds": n_folds, "seed": seed}
+    return {
+        "ridge": LinearEncoder(("cls", "patches"), **options),
+        "ridge (patches)": LinearEncoder(("patches",), **options),
+        "banded ridge": LinearEncoder(("cls", "patches"), shares=BANDS, **options),
+        "linear probe (CLS)": LinearEncoder(("cls",), **options),
+    }
+
+
+def fit_baselines(
+    tokens: Mapping[str, NDArray[Any]],
+    train_rows: NDArray[np.int64],
+    test_rows: NDArray[np.int64],
+    targets: NDArray[Any],
+    *,
+    groups: NDArray[np.int64] | None = None,
+    n_folds: int = 5,
+    seed: int = 0,
+) -> dict[str, BaselinePrediction]:
+    """Fit every linear baseline on train images and predict the test images.
+
+    Parameters
+    ----------
+    tokens
+        ``{"cls": (images, layers, width), "patches": (images, patches, width)}``; memory maps
+        of the token cache are welcome.
+    train_rows, test_rows
+        Rows of the tokens. A row may be repeated when an image has several rows of targets.
+    targets
+        (train rows, units), responses of the train rows. Test responses are never needed.
+    groups
+        (train rows,), image of each train row; default: `train_rows` themselves.
+    n_folds, seed
+        Cross-validation over train images that chooses the penalties.
+
+    Returns
+    -------
+    dict
+        Row name to prediction, in the order of the table.
+    """
+    train_rows = np.asarray(train_rows, dtype=np.int64)
+    groups = train_rows if groups is None else groups
+    kernels = {
+        space: linear_kernels(values, train_rows, test_rows, description=f"kernel of {space}")
+        for space, values in tokens.items()
+    }
+    predictions = {}
+    encoders = linear_baselines(n_folds, seed)
+    for name, encoder in track(encoders.items(), "linear baselines", len(encoders)):
+        encoder.fit(kernels, targets, groups)
+        predictions[name] = BaselinePrediction(
+            encoder.predict(kernels),
+            encoder.n_parameters_,
+            {
+                "spaces": list(encoder.spaces),
+                "folds": n_folds,
+                "seed": seed,
+                "alpha_median": float(np.median(encoder.alpha_)),
+                "alpha_at_edge": float(np.isin(encoder.alpha_, encoder.alphas[[0, -1]]).mean()),
+                "mean_share": [float(s) for s in encoder.shares_.mean(axis=0)],
+            },
+        )
+        logger.debug("%s: %s", name, predictions[name].details)
+    return predictions

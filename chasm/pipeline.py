@@ -1,0 +1,106 @@
+"""From an NSD tree to a scored run: every step is skipped when its output is current."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from chasm.data.datamodule import NSDDataModule
+from chasm.data.prepare import prepare_nsd
+from chasm.data.simulation import SimulationConfig, simulate
+from chasm.errors import ConfigError
+from chasm.evaluation.testing import score_run
+from chasm.features.backbones import create_backbone
+from chasm.features.cache import TokenCache
+from chasm.features.extract import extract
+from chasm.training.recipes import Recipe
+from chasm.training.runs import fit
+
+log = logging.getLogger(__name__)
+
+
+def device() -> str:
+    """Return the fastest device here: cuda, mps or cpu."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def extract_tokens(data: NSDDataModule, *, fresh: bool = False, batch_size: int = 32) -> TokenCache:
+    """Fill the token cache for every image that a subject saw."""
+    store = data.store
+    images = store.open_images()
+    found = None if fresh else TokenCache.find(data.tokens_root, images.fingerprint, data.backbone)
+    if found is not None and not len(found.missing(store.images.ids)):
+        log.info("tokens are current: %s", found.folder)
+        return found
+    return extract(
+        images,
+        create_backbone(data.backbone),
+        store.images.ids,
+        data.tokens_root,
+        batch_size=batch_size,
+        device=device(),
+        fresh=fresh,
+    )
+
+
+def run_recipe(
+    args: Sequence[str],
+    *,
+    nsd: Path | None = None,
+    simulated: SimulationConfig | None = None,
+    version: str = "betas_fithrf_GLMdenoise_RR",
+    mask: str = "nsdgeneral",
+    n_boot: int = 2000,
+    fresh: bool = False,
+) -> Path:
+    """Prepare, extract, fit and test one recipe on one subject.
+
+    Parameters
+    ----------
+    args
+        Recipe arguments (``-c FILE --data.subject 1 ...``).
+    nsd
+        An NSD tree to prepare the subject from; without it the store has to exist, unless
+        `simulated` is given.
+    simulated
+        Simulate a tree under ``<dataset_dir>/nsd`` first.
+    version, mask
+        Beta version and ROI atlas whose label 1 selects the voxels.
+    n_boot
+        Bootstrap resamples of the table.
+    fresh
+        Train and test again although the run is current.
+
+    Returns
+    -------
+    Path
+        The run's folder.
+    """
+    recipe = Recipe(args)
+    data = recipe.make_data()
+    if simulated is not None:
+        nsd = simulate(simulated, data.dataset_dir / "nsd", [_number(data.subject)])
+    if nsd is not None:
+        log.info("step: prepare")
+        prepare_nsd(nsd, _number(data.subject), data.store_path, version=version, mask=mask)
+    log.info("step: extract")
+    extract_tokens(data)
+    log.info("step: fit")
+    run = fit(recipe, fresh=fresh)
+    log.info("step: test")
+    score_run(run, n_boot=n_boot, fresh=fresh)
+    return run
+
+
+def _number(subject: int | str) -> int:
+    text = str(subject).removeprefix("subj")
+    if not text.isdigit():
+        raise ConfigError(
+            "--data.subject", f"{subject!r} is no NSD subject", "Give a number from 1 to 8."
+        )
+    return int(text)

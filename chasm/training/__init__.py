@@ -1,0 +1,1 @@
+"""Training: LightningModules, callbacks, recipes and runs."""

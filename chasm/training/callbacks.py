@@ -1,0 +1,60 @@
+"""Callbacks: reproducible steps, progress on a terminal or in a log."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import RichProgressBar
+
+from chasm.progress import console
+
+log = logging.getLogger(__name__)
+
+
+class SeededSteps(L.Callback):
+    """Seed every training step by (seed, step, rank).
+
+    Dropout and token noise then depend on where training is, not on how it got there: a run
+    that was interrupted and resumed equals one that was not.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Seed torch for this step."""
+        step = self.seed * 1_000_003 + trainer.global_step
+        torch.manual_seed(step * 1009 + trainer.global_rank)
+
+
+class EpochLines(L.Callback):
+    """A line every few seconds with the epoch and its validation values, for logs and pipes."""
+
+    def __init__(self, seconds: float = 10.0) -> None:
+        self.seconds = seconds
+        self._last = 0.0
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log when it is time, and at the end."""
+        last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
+        if not trainer.is_global_zero or (
+            time.monotonic() - self._last < self.seconds and not last_epoch
+        ):
+            return
+        self._last = time.monotonic()
+        shown = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        text = "  ".join(f"{k.removeprefix('val/')} {v:.4f}" for k, v in sorted(shown.items()))
+        log.info(
+            "epoch %d of %s   validation: %s", trainer.current_epoch + 1, trainer.max_epochs, text
+        )
+
+
+def progress_callback() -> L.Callback:
+    """Rich bars on a terminal, lines elsewhere."""
+    return RichProgressBar(leave=False) if console.is_terminal else EpochLines()

@@ -1,0 +1,155 @@
+"""Recipes: YAML files whose schema is the signatures (LightningCLI / jsonargparse)."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import lightning as L
+import yaml
+from jsonargparse import ArgumentError
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from chasm.data.datamodule import NSDDataModule
+from chasm.errors import ConfigError
+
+
+@dataclass
+class Selection:
+    """How validation selects the checkpoint.
+
+    Parameters
+    ----------
+    monitor
+        Logged validation value.
+    mode
+        Whether it should be small or large.
+    patience
+        Epochs without improvement after which training ends; null trains to the end.
+    """
+
+    monitor: str = "val/mse"
+    mode: Literal["min", "max"] = "min"
+    patience: int | None = None
+
+
+class Recipe(LightningCLI):
+    """A parsed recipe. Nothing is instantiated until it is asked for.
+
+    Parameters
+    ----------
+    args
+        Command-line arguments, e.g. ``["-c", "experiments/stage1.yaml", "--data.subject", "1"]``.
+        Later ones win.
+
+    Raises
+    ------
+    ConfigError
+        An unknown key, a value of a wrong type, or a missing file, in one line.
+    """
+
+    def __init__(self, args: Sequence[str]) -> None:
+        try:
+            with warnings.catch_warnings():
+                # Lightning warns that sys.argv is not read; it is not meant to be.
+                warnings.filterwarnings("ignore", "LightningCLI's args parameter")
+                self._parse(args)
+        except ArgumentError as error:
+            raise _one_line(error, args) from error
+
+    def _parse(self, args: Sequence[str]) -> None:
+        super().__init__(
+            L.LightningModule,
+            NSDDataModule,
+            subclass_mode_model=True,
+            run=False,
+            args=list(args),
+            seed_everything_default=0,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            parser_kwargs={
+                "exit_on_error": False,
+                "allow_abbrev": False,
+                "default_env": False,
+                "description": "Parts of a recipe; see experiments/README.md.",
+            },
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the selection; let one seed fix everything."""
+        parser.add_argument("--name", type=str, default="run", help="Name of the recipe.")
+        parser.add_argument("--runs", type=str, default="runs", help="Folder of all runs.")
+        parser.add_class_arguments(Selection, "selection")
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+
+    def instantiate_classes(self) -> None:
+        """Nothing yet: `make_data`, `make_model` and `make_trainer` do it."""
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return int(self.config["seed_everything"])
+
+    @property
+    def name(self) -> str:
+        """Name of the recipe."""
+        return str(self.config["name"])
+
+    @property
+    def runs(self) -> str:
+        """Folder of all runs."""
+        return str(self.config["runs"])
+
+    @property
+    def selection(self) -> Selection:
+        """How validation selects."""
+        return Selection(**vars(self.config["selection"]))
+
+    def make_data(self) -> NSDDataModule:
+        """Make the data module."""
+        return self._instantiate("data")
+
+    def make_model(self) -> L.LightningModule:
+        """Make the model (unbuilt: its sizes come from the data)."""
+        if self.config["model"] is None:
+            raise ConfigError("model", "the recipe names no model", "Add `model: class_path: ...`.")
+        return self._instantiate("model")
+
+    def make_trainer(self, **overrides: Any) -> L.Trainer:
+        """Make the trainer; `overrides` win over the recipe."""
+        settings = self.parser.instantiate_classes(self._only("trainer"))["trainer"]
+        callbacks = list(settings.pop("callbacks", None) or [])
+        callbacks += overrides.pop("callbacks", [])
+        return L.Trainer(**{**vars(settings), **overrides, "callbacks": callbacks})
+
+    def _only(self, part: str) -> Any:
+        config = self.config.clone()
+        for other in {"model", "data", "trainer"} - {part}:
+            config.pop(other, None)
+        return config
+
+    def _instantiate(self, part: str) -> Any:
+        return self.parser.instantiate_classes(self._only(part))[part]
+
+    def resolved(self) -> str:
+        """Return every setting, defaults included, as YAML that gives this recipe again."""
+        return self.parser.dump(self.config, skip_none=False, skip_link_targets=True)
+
+    def settings(self) -> dict[str, Any]:
+        """Every setting as plain types."""
+        return yaml.safe_load(self.resolved())
+
+
+def _one_line(error: ArgumentError, args: Sequence[str]) -> ConfigError:
+    text = re.sub(r"\s+", " ", str(error)).strip()
+    where = next(
+        (a for flag, a in pairwise(args) if flag in ("-c", "--config")),
+        "arguments",
+    )
+    return ConfigError(
+        where, text, "See `chasm fit --help` and experiments/README.md for the keys there are."
+    )

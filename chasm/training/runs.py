@@ -1,0 +1,295 @@
+"""Runs: a folder that holds all of one training, found again by what made it.
+
+A run's folder is ``runs/<dataset>/<subject>/<recipe>-<digest>``; the digest covers the
+resolved recipe and the fingerprints of the data. The same command therefore finds its run:
+finished, it is current; interrupted, it goes on from the last whole epoch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pandas as pd
+import torch
+from filelock import FileLock, Timeout
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from chasm.data.datamodule import NSDDataModule, subject_name
+from chasm.errors import ChasmError, ConfigError, DataError
+from chasm.io import atomic_path, digest, write_json, write_text
+from chasm.progress import console
+from chasm.training.callbacks import SeededSteps, progress_callback
+from chasm.training.recipes import Recipe
+
+log = logging.getLogger(__name__)
+
+PACKAGES = (
+    "chasm-fmri", "torch", "lightning", "timm", "torchmetrics", "himalaya", "plenoptic",
+    "nilearn", "numpy", "h5py", "mamba-ssm", "causal-conv1d",
+)  # fmt: skip
+_WITHOUT_EFFECT = {
+    "data": ("num_workers", "dataset_dir"),
+    "trainer": (
+        "logger", "enable_progress_bar", "enable_model_summary", "default_root_dir",
+        "log_every_n_steps", "profiler", "enable_checkpointing",
+    ),
+}  # fmt: skip
+"""Settings that change nothing in the result, left out of a run's digest."""
+
+
+class RunInterruptedError(ChasmError):
+    """Training was stopped from outside before its end."""
+
+
+def run_folder(recipe: Recipe, data: NSDDataModule) -> Path:
+    """Folder of the run that this recipe makes on these data."""
+    settings = recipe.settings()
+    settings.pop("runs", None)
+    for part, keys in _WITHOUT_EFFECT.items():
+        for key in keys:
+            settings[part].pop(key, None)
+    settings["store"] = data.store.fingerprint
+    settings["tokens"] = data.tokens.fingerprint
+    subject = subject_name(data.subject)
+    return (
+        Path(recipe.runs) / data.dataset_dir.name / subject / f"{recipe.name}-{digest(settings, 8)}"
+    )
+
+
+def fit(recipe: Recipe, *, fresh: bool = False) -> Path:
+    """Train what the recipe says and return the run's folder.
+
+    A finished run is left as it is, an interrupted one goes on; `fresh` starts again.
+
+    Raises
+    ------
+    RunInterruptedError
+        Training was stopped by a signal; what whole epochs it had is kept.
+    DataError, ConfigError
+        The data cannot be used, or another process trains the same run.
+    """
+    data = recipe.make_data()
+    run = run_folder(recipe, data)
+    if not fresh and is_finished(run):
+        log.info("run is current: %s", run)
+        return run
+    run.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(run / ".lock", timeout=0):
+            return _fit_locked(recipe, data, run, fresh)
+    except Timeout as error:
+        raise ConfigError(
+            run, "another process is training this run", "Wait for it, or change the seed."
+        ) from error
+
+
+def _fit_locked(recipe: Recipe, data: NSDDataModule, run: Path, fresh: bool) -> Path:
+    last = run / "checkpoints" / "last.ckpt"
+    if fresh:
+        for old in [*run.glob("checkpoints/*.ckpt"), *run.glob("logs/*/metrics.csv")]:
+            old.unlink()
+    data.setup("fit")
+    L.seed_everything(recipe.seed, workers=True, verbose=False)
+    model = recipe.make_model()
+    write_text(run / "config.yaml", recipe.resolved())
+    facts = provenance(recipe, data)
+    write_json(run / "provenance.json", facts | {"status": "running"})
+    attempt = len(list((run / "logs").glob("attempt-*")))
+    trainer = recipe.make_trainer(
+        default_root_dir=str(run),
+        logger=[
+            CSVLogger(run, name="logs", version=f"attempt-{attempt}"),
+            TensorBoardLogger(run, name="tensorboard", version="", default_hp_metric=False),
+        ],
+        callbacks=_callbacks(recipe, run),
+        enable_model_summary=False,
+        enable_progress_bar=console.is_terminal,
+    )
+    resume = last if last.is_file() else None
+    if resume is not None:
+        log.info("going on from %s", resume)
+    trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
+    merge_metrics(run)
+    if trainer.interrupted or trainer.state.status != "finished":
+        raise RunInterruptedError(
+            run,
+            f"training stopped in epoch {trainer.current_epoch}",
+            "Give the same command again to go on from the last whole epoch.",
+        )
+    facts["trained"] = _trained(trainer, model)
+    facts["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
+    write_json(run / "provenance.json", facts | {"status": "finished"})
+    return run
+
+
+def _trained(trainer: L.Trainer, model: L.LightningModule) -> dict[str, Any]:
+    selected = trainer.checkpoint_callback
+    assert isinstance(selected, ModelCheckpoint)
+    score = selected.best_model_score
+    return {
+        "epochs": trainer.current_epoch,
+        "steps": trainer.global_step,
+        "selected_by": selected.monitor,
+        "selected_score": None if score is None else float(score),
+        "n_parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def _callbacks(recipe: Recipe, run: Path) -> list[L.Callback]:
+    choice = recipe.selection
+    callbacks: list[L.Callback] = [
+        ModelCheckpoint(
+            dirpath=run / "checkpoints",
+            filename="best",
+            monitor=choice.monitor,
+            mode=choice.mode,
+            save_last=True,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        ),
+        SeededSteps(recipe.seed),
+        LearningRateMonitor(logging_interval="epoch"),
+        progress_callback(),
+    ]
+    if choice.patience is not None:
+        callbacks.append(
+            EarlyStopping(
+                choice.monitor,
+                mode=choice.mode,
+                patience=choice.patience,
+                check_on_train_epoch_end=True,
+            )
+        )
+    return callbacks
+
+
+def merge_metrics(run: Path) -> None:
+    """Join the logs of all attempts of a run into ``metrics.csv``, the later one wins."""
+    tables = []
+    for path in sorted(
+        run.glob("logs/attempt-*/metrics.csv"), key=lambda p: int(p.parent.name.split("-")[1])
+    ):
+        try:
+            tables.append(pd.read_csv(path))
+        except pd.errors.EmptyDataError:
+            continue
+    if not tables:
+        return
+    joined = tables[0]
+    for table in tables[1:]:
+        joined = pd.concat([joined[joined["epoch"] < table["epoch"].min()], table])
+    merged = joined.groupby("epoch", as_index=False).last()
+    with atomic_path(run / "metrics.csv") as temporary:
+        merged.to_csv(temporary, index=False)
+
+
+def is_finished(run: Path) -> bool:
+    """Whether training ended as its recipe says."""
+    path = run / "provenance.json"
+    if not path.is_file() or not (run / "checkpoints" / "best.ckpt").is_file():
+        return False
+    return read_provenance(run).get("status") == "finished"
+
+
+def read_provenance(run: Path) -> dict[str, Any]:
+    """Read a run's provenance.json."""
+    path = run / "provenance.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError) as error:
+        raise DataError(
+            path, f"is not a run's provenance ({error})", "Train again with --fresh."
+        ) from error
+
+
+def provenance(recipe: Recipe, data: NSDDataModule) -> dict[str, Any]:
+    """Everything needed to say where a result comes from, as plain types."""
+    store, tokens = data.store, data.tokens
+    split = data.data_split
+    return {
+        "command": ["chasm", *sys.argv[1:]],
+        "recipe": recipe.name,
+        "seed": recipe.seed,
+        "simulated": store.simulated,
+        "dataset": store.dataset,
+        "subject": store.subject,
+        "source": store.source,
+        "beta_version": store.beta_version,
+        "store": {"path": str(data.store_path), "fingerprint": store.fingerprint},
+        "tokens": {
+            "path": str(tokens.folder), "fingerprint": tokens.fingerprint,
+            "backbone": data.backbone.model, "weights": tokens.weights_label,
+        },
+        "split": {
+            "name": split.name, "train": len(split.train),
+            "validation": len(split.validation), "test": len(split.test),
+        },
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git_revision": _git_revision(),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "hardware": {
+            "platform": platform.platform(),
+            "processor": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+    }  # fmt: skip
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _git_revision() -> str | None:
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def newest_run(runs: Path, dataset: str, subject: int | str, name: str) -> Path | None:
+    """Find the most recently finished run of a recipe on a subject."""
+    folders = (runs / dataset / subject_name(subject)).glob(f"{name}-*")
+    finished = [f for f in folders if is_finished(f)]
+    return max(finished, key=lambda f: (f / "provenance.json").stat().st_mtime, default=None)
+
+
+def load(run: Path, checkpoint: str = "best") -> tuple[L.LightningModule, NSDDataModule, Recipe]:
+    """Load a run: its model with the selected weights, its data module, its recipe.
+
+    Raises
+    ------
+    DataError
+        The folder is no finished run.
+    """
+    config, weights = run / "config.yaml", run / "checkpoints" / f"{checkpoint}.ckpt"
+    for path in (config, weights):
+        if not path.is_file():
+            raise DataError(
+                path, "is missing: this folder is no finished run", "Train it with `chasm fit`."
+            )
+    recipe = Recipe(["-c", str(config)])
+    model = recipe.make_model()
+    saved = torch.load(weights, map_location="cpu", weights_only=True)
+    model.on_load_checkpoint(saved)
+    model.load_state_dict(saved["state_dict"])
+    return model.eval(), recipe.make_data(), recipe

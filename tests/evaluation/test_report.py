@@ -1,0 +1,194 @@
+import io
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import nibabel
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from chasm.errors import DataError
+from chasm.evaluation import evaluate, figures, tables
+from chasm.evaluation.catalogue import PUBLISHED
+from chasm.evaluation.report import is_current, summary, write_report
+from chasm.evaluation.scores import score
+
+VOID = {"meta", "img", "br", "link", "path", "use", "rect"}
+
+
+class Page(HTMLParser):
+    """Collects texts and sources, and checks that tags are closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.texts, self.sources = [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.sources += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.sources += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    @property
+    def text(self):
+        return re.sub(r"\s+", " ", " ".join(self.texts))
+
+
+@pytest.fixture
+def volume():
+    """Puts 40 units into a small volume."""
+    mask = np.zeros((12, 14, 10), bool)
+    mask[2:10, 3:11, 2:8] = True
+    label = np.arange(mask.sum()) % 40
+
+    def to_image(values):
+        data = np.full(mask.shape, np.nan, np.float32)
+        data[mask] = np.asarray(values)[label]
+        return nibabel.Nifti1Image(data, np.diag([1.8, 1.8, 1.8, 1.0]))
+
+    return to_image
+
+
+@pytest.fixture
+def metrics_csv(tmp_path):
+    epochs = np.arange(6)
+    frame = pd.DataFrame({"epoch": np.repeat(epochs, 2), "step": np.arange(12)})
+    frame["train/loss"] = np.where(np.arange(12) % 2, np.nan, 1 / (1 + frame["epoch"]))
+    frame["val/loss"] = np.where(np.arange(12) % 2, 1.2 / (1 + frame["epoch"]), np.nan)
+    frame["val/pattern_correlation"] = np.where(np.arange(12) % 2, frame["epoch"] / 10, np.nan)
+    frame.to_csv(tmp_path / "metrics.csv", index=False)
+    return tmp_path / "metrics.csv"
+
+
+def test_evaluate_writes_everything_once(tmp_path, predictions, volume, metrics_csv):
+    path = predictions().write(tmp_path / "predictions.h5")
+    out = tmp_path / "report"
+    extra = {"seed": 7, "versions": {"torch": "2.15.0"}, "note": "<script>alert(1)</script>"}
+    scores = evaluate(
+        path, out, n_boot=30, metrics_csv=metrics_csv, provenance=extra, volume=volume
+    )
+    assert sorted(p.name for p in out.iterdir()) == [
+        "report.html", "scores.csv", "scores.json", "table.md",
+    ]  # fmt: skip
+    page = Page((out / "report.html").read_text())
+    for words in (
+        "SIMULATED data", "weight-free", "noise ceiling", "mean pattern", "stage 1 − ridge",
+        "target variance", "Against the model's own targets", "versions.torch 2.15.0",
+        "d_model: 128", "<script>alert(1)</script>", *(row.system for row in PUBLISHED),
+    ):  # fmt: skip
+        assert words in page.text, words
+    # Nothing is fetched: images are embedded, references stay inside the page.
+    assert page.sources
+    assert all(source.startswith(("data:", "#")) for source in page.sources)
+    assert sum(source.startswith("data:image/png") for source in page.sources) >= 2
+
+    csv = pd.read_csv(out / "scores.csv")
+    assert csv["simulated"].all()
+    assert len(csv) == len(scores.frame)
+    np.testing.assert_allclose(csv["value"], scores.frame["value"].astype(float), rtol=1e-5)
+
+    before = {p: p.stat().st_mtime_ns for p in out.iterdir()}
+    evaluate(path, out, n_boot=30)
+    assert before == {p: p.stat().st_mtime_ns for p in out.iterdir()}
+    assert not is_current(path, out, n_boot=31)
+    predictions(seed=1).write(path)
+    assert not is_current(path, out, n_boot=30)
+
+
+def test_a_page_without_atlas_ceiling_model_or_map(tmp_path, predictions):
+    file = predictions(membership={}, targets={}, repeat_targets=None)
+    rows = {name: row for name, row in file.rows.items() if row.kind == "baseline"}
+    units = replace(file.units, ncsnr=np.full(40, np.nan))
+    info = replace(file.info, simulated=False, weights_label="UNTRAINED", config="")
+    file = replace(file, rows=rows, units=units, info=info)
+    out = write_report(
+        file.write(tmp_path / "p.h5"), tmp_path / "r.html", scores=score(file, n_boot=10)
+    )
+    page = Page(out.read_text())
+    assert "SIMULATED" not in page.text
+    assert "UNTRAINED backbone" in page.text
+    assert "holds no model" in page.text
+
+
+def test_only_simulated_scores_are_called_simulated(predictions):
+    file = predictions()
+    simulated = score(file, n_boot=0)
+    real = score(replace(file, info=replace(file.info, simulated=False)), n_boot=0)
+    for scores, expected in ((simulated, True), (real, False)):
+        buffer = io.StringIO()
+        tables.show(scores, Console(file=buffer, width=120))
+        assert ("SIMULATED" in buffer.getvalue()) is expected
+        assert ("SIMULATED" in tables.markdown(scores)) is expected
+        assert "weight-free" in buffer.getvalue()
+
+
+def test_markdown_tables_are_rectangular_and_hold_the_numbers(predictions):
+    scores = score(predictions(), n_boot=20)
+    text = tables.markdown(scores)
+    for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.M):
+        assert len({line.count("|") for line in block.splitlines()}) == 1
+    frame = scores.frame
+    line = frame[
+        (frame["row"] == "stage 1")
+        & (frame["metric"] == "noise_normalised_r2")
+        & (frame["region"] == "hV4")
+    ].iloc[0]
+    assert f"{line['value']:.3f} [{line['low']:.2f}, {line['high']:.2f}]" in text
+    assert "| noise ceiling | 1.000 |" in text
+    assert "Constant, so without a correlation and left out: mean pattern: 40 parcels" in text
+
+
+def test_terminal_table_is_not_cut(predictions):
+    buffer = io.StringIO()
+    tables.show(score(predictions(), n_boot=20), Console(file=buffer, width=80))
+    text = buffer.getvalue()
+    assert "…" not in text
+    assert re.search(r"stage 1 .*0\.\d{3}", text)
+
+
+def test_summary_says_when_the_test_does_not_decide(predictions):
+    file = predictions()
+    clear = summary(score(file, n_boot=100))
+    assert len(clear) == 1
+    assert clear[0].startswith("Stage 1 explains")
+    assert "does not include 0" in clear[0]
+    twin = replace(file.rows["stage 1"], values=file.rows["ridge"].values)
+    file = replace(file, rows={**file.rows, "stage 1": twin})
+    again = summary(score(file, n_boot=100))[0]
+    assert "the difference is +0.0 points" in again
+    assert "do not tell the two apart" in again
+
+
+def test_figures_show_what_is_there(predictions, metrics_csv, tmp_path, volume):
+    scores = score(predictions(), n_boot=20)
+    assert list(figures.compared_rows(scores)) == ["ridge", "stage 1"]
+    axes = figures.region_figure(scores).axes[0]
+    labels = [tick.get_text() for tick in axes.get_yticklabels()]
+    assert labels[:4] == ["all", "Early", "Mid", "Higher"]
+    assert {"V1v", "hV4", "parietal"} <= set(labels)
+    names = [
+        axis.get_title(loc="left") for f in figures.training_figures(metrics_csv) for axis in f.axes
+    ]
+    assert names == ["loss", "pattern correlation"]
+    with pytest.raises(DataError, match="no such file"):
+        figures.training_figures(tmp_path / "none.csv")
+    (tmp_path / "empty.csv").write_text("step,x\n1,2\n")
+    with pytest.raises(DataError, match="epoch"):
+        figures.training_figures(tmp_path / "empty.csv")
+    first, second = (figures.to_svg(figures.ceiling_figure(scores)) for _ in range(2))
+    assert first == second
+    png = figures.to_png(figures.brain_figure(scores.unit_r2["stage 1"], volume, "R²"))
+    assert png.startswith(b"\x89PNG")
