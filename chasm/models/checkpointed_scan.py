@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-_BLOCK = 32768
-"""Numbers in the state of a block of rows; torch does not split operations of this size."""
+_BLOCK = 2**18
+"""Numbers in the state of a block of rows: 1 MB of float32, a few of which fit a CPU's cache."""
 
 
 def checkpointed_scan(
@@ -128,7 +127,17 @@ class _Gradients(NamedTuple):
     bias: Tensor  # (rows, channels)
 
     def rows(self, part: slice) -> _Gradients:
-        return _Gradients(*(None if value is None else value[part] for value in self))
+        z = None if self.z is None else self.z[part]
+        return _Gradients(
+            self.u[part],
+            self.delta[part],
+            self.At[part],
+            self.B[part],
+            self.C[part],
+            self.D[part],
+            z,
+            self.bias[part],
+        )
 
 
 def _time_first(values: Tensor, part: slice, dtype: torch.dtype) -> Tensor:
@@ -200,27 +209,11 @@ class _CheckpointedScan(torch.autograd.Function):
 
 
 def _over_rows(work: Callable[[slice], None], At: Tensor, batch: int) -> None:
-    """Call `work` for a few rows of the batch at a time.
-
-    On a CPU rows are taken so few that a state stays in a core's cache and below the size from
-    which torch splits an operation; threads then take blocks of rows from each other, without
-    the barrier after every operation that makes short operations slow on a busy machine.
-    """
-    size = batch if At.device.type != "cpu" else max(1, _BLOCK // At.numel())
-    blocks = [slice(first, first + size) for first in range(0, batch, size)]
-
-    def run(rows: slice) -> None:
-        with torch.no_grad(), torch.autocast(At.device.type, enabled=False):
-            work(rows)
-
-    n_threads = min(torch.get_num_threads(), len(blocks))
-    if n_threads == 1:
-        for rows in blocks:
-            run(rows)
-        return
-    with ThreadPoolExecutor(n_threads) as pool:
-        for _ in pool.map(run, blocks):
-            pass  # raises what a block raised
+    """Call `work` for blocks of the batch: small on a CPU, for its cache; all rows elsewhere."""
+    size = max(1, _BLOCK // At.numel()) if At.device.type == "cpu" else batch
+    with torch.no_grad(), torch.autocast(At.device.type, enabled=False):
+        for first in range(0, batch, size):
+            work(slice(first, first + size))
 
 
 def _scan(x: _Sequence, out: Tensor, kept: Tensor) -> None:

@@ -159,9 +159,11 @@ def reference_scan(
         drive = torch.einsum("bdt,bnt->bdtn", step * x, B.to(dtype))
         state = torch.zeros_like(drive[:, :, 0])
         outputs = []
-        for t in range(u.shape[2]):
-            state = decay[:, :, t] * state + drive[:, :, t]
-            outputs.append(torch.einsum("bdn,bn->bd", state, C[:, :, t].to(dtype)))
+        # unbind, because the gradient of indexing would fill the whole array at every step
+        steps = zip(decay.unbind(2), drive.unbind(2), C.to(dtype).unbind(2), strict=True)
+        for decay_t, drive_t, C_t in steps:
+            state = decay_t * state + drive_t
+            outputs.append(torch.einsum("bdn,bn->bd", state, C_t))
         y = torch.stack(outputs, dim=2)
         if D is not None:
             y = y + D.to(dtype)[:, None] * x

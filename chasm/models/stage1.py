@@ -9,9 +9,12 @@ from torch import Tensor, nn
 
 from chasm.errors import ConfigError
 from chasm.models.mamba import ResidualMamba
+from chasm.models.readout import SpatialReadout
+from chasm.models.tokens import TokenNoise, TokenScaler
 
 GateKind = Literal["image", "parcel"]
 Direction = Literal["forward", "alternate"]
+Readout = Literal["pooled", "spatial"]
 
 
 class Stage1Output(NamedTuple):
@@ -31,67 +34,6 @@ class Stage1Output(NamedTuple):
     """(images, d_model), pooled tokens of the local stream."""
     visual_embedding: Tensor
     """(images, d_embedding), for the contrastive loss; not normalised."""
-
-
-class TokenScaler(nn.Module):
-    """Standardise tokens by statistics that travel with the checkpoint; identity until set.
-
-    Parameters
-    ----------
-    shape
-        Trailing axes of the tokens that have their own statistics: (width,) or (layers, width).
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, *shape: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(shape))
-        self.register_buffer("std", torch.ones(shape))
-
-    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Use these statistics of the train images; where `std` is 0 the channel is only centred.
-
-        Raises
-        ------
-        ConfigError
-            If the shapes are not those of the scaler or a value is not finite.
-        """
-        for name, value in (("mean", mean), ("std", std)):
-            if value.shape != self.mean.shape or not value.isfinite().all():
-                raise ConfigError(
-                    f"token scaler:{name}",
-                    f"shape {tuple(value.shape)} or values not finite, "
-                    f"expected {tuple(self.mean.shape)}",
-                    "Compute statistics over the train images' tokens.",
-                )
-        self.mean.copy_(mean)
-        self.std.copy_(torch.where(std > 0, std, torch.ones_like(std)))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Standardise (images, ..., *shape) tokens."""
-        return (tokens.to(self.mean.dtype) - self.mean) / self.std
-
-
-class TokenNoise(nn.Module):
-    """Add Gaussian noise to tokens in training.
-
-    Parameters
-    ----------
-    std
-        Standard deviation, in units of the scaled tokens.
-    """
-
-    def __init__(self, std: float) -> None:
-        super().__init__()
-        self.std = std
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return tokens of the same shape."""
-        if not self.training or self.std == 0:
-            return tokens
-        return tokens + self.std * torch.randn_like(tokens)
 
 
 class GlobalStream(nn.Module):
@@ -135,7 +77,8 @@ class LocalStream(nn.Module):
     """Patch tokens to parcels: the "where" route.
 
     Linear, learned position embedding, LayerNorm, residual Mamba blocks over the patches in
-    raster order, mean over patches, then LayerNorm, Linear, GELU and Linear.
+    raster order, then the readout: mean over patches, LayerNorm, Linear, GELU and Linear, or a
+    `SpatialReadout`.
 
     Parameters
     ----------
@@ -151,6 +94,8 @@ class LocalStream(nn.Module):
         Residual Mamba blocks, used in order.
     dropout
         In the head.
+    readout
+        "pooled" or "spatial".
     """
 
     def __init__(
@@ -162,6 +107,7 @@ class LocalStream(nn.Module):
         d_hidden: int,
         blocks: list[ResidualMamba],
         dropout: float,
+        readout: Readout,
     ) -> None:
         super().__init__()
         self.projection = nn.Linear(width, d_model)
@@ -169,6 +115,10 @@ class LocalStream(nn.Module):
         nn.init.trunc_normal_(self.position, std=0.02)
         self.norm = nn.LayerNorm(d_model)
         self.blocks = nn.Sequential(*blocks)
+        self.readout = readout
+        if readout == "spatial":
+            self.head: nn.Module = SpatialReadout(d_model, n_patches, n_parcels, dropout)
+            return
         self.head = nn.Sequential(
             nn.LayerNorm(d_model),
             nn.Linear(d_model, d_hidden),
@@ -179,9 +129,9 @@ class LocalStream(nn.Module):
 
     def forward(self, patches: Tensor) -> tuple[Tensor, Tensor]:
         """Map (images, patches, width) to features (images, d_model) and (images, parcels)."""
-        tokens = self.norm(self.projection(patches) + self.position)
-        features = self.blocks(tokens).mean(1)
-        return features, self.head(features)
+        tokens = self.blocks(self.norm(self.projection(patches) + self.position))
+        features = tokens.mean(1)
+        return features, self.head(tokens if self.readout == "spatial" else features)
 
 
 class FusionGate(nn.Module):
@@ -260,6 +210,9 @@ class DualStreamEncoder(nn.Module):
     direction
         Of the local stream: "forward" through the raster (paper), or "alternate": every second
         block runs backward.
+    readout
+        Of the local stream: "pooled" over patches (paper), or "spatial": every parcel has its
+        own weights over patches.
     block_norm
         Whether blocks have a LayerNorm before the Mamba layer (not in the paper).
     residual_clamp
@@ -294,6 +247,7 @@ class DualStreamEncoder(nn.Module):
         token_noise: float = 0.1,
         gate: GateKind = "image",
         direction: Direction = "forward",
+        readout: Readout = "pooled",
         block_norm: bool = False,
         residual_clamp: float | None = None,
         full_precision: bool = True,
@@ -311,6 +265,7 @@ class DualStreamEncoder(nn.Module):
                 raise ConfigError(f"model:{name}", f"found {size}", "Use a size of 1 or above.")
         _check_choice("gate", gate, ("image", "parcel"))
         _check_choice("direction", direction, ("forward", "alternate"))
+        _check_choice("readout", readout, ("pooled", "spatial"))
         self.n_parcels = n_parcels
 
         def blocks(count: int, alternate: bool) -> list[ResidualMamba]:
@@ -344,6 +299,7 @@ class DualStreamEncoder(nn.Module):
             d_head,
             blocks(local_blocks, direction == "alternate"),
             dropout,
+            readout,
         )
         self.gate = FusionGate(d_model, 1 if gate == "image" else n_parcels, d_gate)
         self.contrastive = ContrastiveHeads(d_model, n_parcels, d_contrast, d_embedding)

@@ -148,7 +148,8 @@ class Stage1Module(L.LightningModule):
         """Compute the loss on this module's own targets."""
         output, terms = self._terms(batch)
         terms["gate_global"] = output.gate[..., 0].mean()
-        values = {f"train/{name}": value.detach() for name, value in terms.items()}
+        shown = {"loss" if name == "total" else name: v.detach() for name, v in terms.items()}
+        values = {f"train/{name}": value for name, value in shown.items()}
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(batch["betas"]))
         return terms["total"]
 

@@ -38,7 +38,7 @@ def test_a_run_holds_what_is_needed_to_repeat_it(tiny_recipe):
     assert facts["trained"]["epochs"] == 3
     curves = pd.read_csv(run / "metrics.csv")
     assert list(curves["epoch"]) == [0, 1, 2]
-    assert {"train/total", "val/mse", "val/pattern_correlation", "val/loss"} <= set(curves.columns)
+    assert {"train/loss", "val/mse", "val/pattern_correlation", "val/loss"} <= set(curves.columns)
     # The saved config gives the same run again.
     again = Recipe(["-c", str(run / "config.yaml")])
     assert again.settings() == recipe.settings()

@@ -1,0 +1,69 @@
+"""What happens to tokens before a model sees them: scaling, and noise in training."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from chasm.errors import ConfigError
+
+
+class TokenScaler(nn.Module):
+    """Standardise tokens by statistics that travel with the checkpoint; identity until set.
+
+    Parameters
+    ----------
+    shape
+        Trailing axes of the tokens that have their own statistics: (width,) or (layers, width).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("std", torch.ones(shape))
+
+    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Use these statistics of the train images; where `std` is 0 the channel is only centred.
+
+        Raises
+        ------
+        ConfigError
+            If the shapes are not those of the scaler or a value is not finite.
+        """
+        for name, value in (("mean", mean), ("std", std)):
+            if value.shape != self.mean.shape or not value.isfinite().all():
+                raise ConfigError(
+                    f"token scaler:{name}",
+                    f"shape {tuple(value.shape)} or values not finite, "
+                    f"expected {tuple(self.mean.shape)}",
+                    "Compute statistics over the train images' tokens.",
+                )
+        self.mean.copy_(mean)
+        self.std.copy_(torch.where(std > 0, std, torch.ones_like(std)))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Standardise (images, ..., *shape) tokens."""
+        return (tokens.to(self.mean.dtype) - self.mean) / self.std
+
+
+class TokenNoise(nn.Module):
+    """Add Gaussian noise to tokens in training.
+
+    Parameters
+    ----------
+    std
+        Standard deviation, in units of the scaled tokens.
+    """
+
+    def __init__(self, std: float) -> None:
+        super().__init__()
+        self.std = std
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return tokens of the same shape."""
+        if not self.training or self.std == 0:
+            return tokens
+        return tokens + self.std * torch.randn_like(tokens)
