@@ -275,7 +275,7 @@ def _write(
             affine=plan.affine,
             volume_shape=plan.mask.shape,
             subject=f"subj{plan.subject:02d}",
-            dataset="nsd",
+            dataset="simulated-nsd" if tree.is_simulated else "nsd",
             source="simulated" if tree.is_simulated else "nsd",
             beta_version=plan.version,
             source_signature=made_from,

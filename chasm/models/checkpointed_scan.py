@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-_BLOCK = 2**18
-"""Numbers in the state of a block of rows: 1 MB of float32, a few of which fit a CPU's cache."""
+_BLOCK = 2**17
+"""Numbers in the state of a block of rows: half a megabyte of float32, which fits a CPU's cache."""
 
 
 def checkpointed_scan(
