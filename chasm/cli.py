@@ -7,9 +7,9 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from chasm.errors import ChasmError
+from chasm.errors import ChasmError, ConfigError
 
 if TYPE_CHECKING:
     from chasm.data.simulation import SimulationConfig
@@ -54,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         handler(args[1:])
     except ChasmError as error:
-        return _fail(str(error), 2)
+        return _fail(str(error), error.exit_status)
+    except OSError as error:
+        return _fail(f"{error.filename or 'file system'}: {error.strerror or error}.")
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     return 0
@@ -89,15 +91,6 @@ def _set_up_logging() -> None:
     warnings.filterwarnings("ignore", module=r"lightning\..*")
 
 
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no comma-separated list of numbers"
-        ) from error
-
-
 def _show_path(path: Path) -> None:
     sys.stdout.write(f"{path}\n")
 
@@ -111,26 +104,31 @@ def _parser(name: str) -> argparse.ArgumentParser:
     )
 
 
-def _simulation_parser(parser: argparse.ArgumentParser) -> None:
+def _simulation_options(parser: Any, prefix: str = "") -> None:
+    """Add the numbers of a `SimulationConfig`; what is not given comes from the preset."""
     from chasm.data.simulation import SimulationConfig
 
-    parser.add_argument("--size", choices=("demo", "toy", "full"), default="demo", help="preset")
+    parser.add_argument("--size", choices=("demo", "toy", "full"), default=None, help="preset")
     for name, value in vars(SimulationConfig()).items():
+        flag = f"--{prefix}{name.replace('_', '-')}"
+        shown: dict[str, Any] = {"dest": f"simulation_{name}", "default": None}
         if isinstance(value, bool):
-            parser.add_argument(
-                f"--{name.replace('_', '-')}", action=argparse.BooleanOptionalAction, default=None
-            )
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **shown)
         elif isinstance(value, (int, float, str)):
-            parser.add_argument(
-                f"--{name.replace('_', '-')}", type=type(value), default=None, help=f"demo: {value}"
-            )
-        elif isinstance(value, tuple) and all(isinstance(v, int) for v in value):
-            parser.add_argument(
-                f"--{name.replace('_', '-')}",
-                type=lambda t: tuple(_numbers(t)),
-                default=None,
-                help=f"demo: {','.join(map(str, value))}",
-            )
+            parser.add_argument(flag, type=type(value), help=f"demo: {value}", **shown)
+        elif isinstance(value, tuple) and not isinstance(value[0], tuple):
+            text = ",".join(map(str, value))
+            parser.add_argument(flag, type=_list_of(type(value[0])), help=f"demo: {text}", **shown)
+
+
+def _list_of(kind: type) -> Callable[[str], tuple[Any, ...]]:
+    def parse(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(kind(part) for part in text.split(","))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is no list like 1,2,3") from error
+
+    return parse
 
 
 def _simulation_config(found: argparse.Namespace) -> SimulationConfig:
@@ -139,10 +137,15 @@ def _simulation_config(found: argparse.Namespace) -> SimulationConfig:
     from chasm.data.simulation import SimulationConfig
 
     config = SimulationConfig()
-    if found.size != "demo":
+    if found.size in ("toy", "full"):
         config = SimulationConfig.toy() if found.size == "toy" else SimulationConfig.full()
-    given = {n: v for n in vars(config) if (v := getattr(found, n, None)) is not None}
-    return replace(config, **given)
+    return replace(config, **_given(found))
+
+
+def _given(found: argparse.Namespace) -> dict[str, Any]:
+    prefix = "simulation_"
+    options = {k.removeprefix(prefix): v for k, v in vars(found).items() if k.startswith(prefix)}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _simulate(args: list[str]) -> None:
@@ -151,9 +154,9 @@ def _simulate(args: list[str]) -> None:
         "--out", type=Path, default=Path("data/simulated/nsd"), help="folder of the tree"
     )
     parser.add_argument(
-        "--subjects", type=_numbers, default=[1], help="whose betas to write, e.g. 1,2"
+        "--subjects", type=_list_of(int), default=(1,), help="whose betas to write, e.g. 1,2"
     )
-    _simulation_parser(parser)
+    _simulation_options(parser)
     found = parser.parse_args(args)
     from chasm.data.simulation import simulate
 
@@ -168,6 +171,16 @@ def _prepare(args: list[str]) -> None:
     kinds[args[0]](args[1:])
 
 
+VERSION, MASK = "betas_fithrf_GLMdenoise_RR", "nsdgeneral"
+
+
+def _selection_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--version", default=VERSION, help="beta version")
+    parser.add_argument(
+        "--mask", default=MASK, help="ROI atlas whose voxels are used (nsdgeneral: label 1)"
+    )
+
+
 def _prepare_nsd(args: list[str]) -> None:
     parser = _parser("prepare nsd")
     parser.add_argument("--nsd", type=Path, required=True, help="root of the NSD tree")
@@ -175,11 +188,10 @@ def _prepare_nsd(args: list[str]) -> None:
     parser.add_argument(
         "--out", type=Path, default=None, help="store (default: data/<tree>/subjXX.h5)"
     )
-    parser.add_argument("--version", default="betas_fithrf_GLMdenoise_RR", help="beta version")
+    _selection_options(parser)
     parser.add_argument(
-        "--mask", default="nsdgeneral", help="ROI atlas whose label 1 selects voxels"
+        "--sessions", type=_list_of(int), default=None, help="only these, e.g. 1,2,3"
     )
-    parser.add_argument("--sessions", type=_numbers, default=None, help="only these, e.g. 1,2,3")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a store of another source"
     )
@@ -293,15 +305,15 @@ def _run(args: list[str]) -> None:
         "--nsd", type=Path, default=None, help="NSD tree to prepare the subject from"
     )
     source.add_argument("--simulate", action="store_true", help="simulate an NSD first")
-    parser.add_argument("--version", default="betas_fithrf_GLMdenoise_RR", help="beta version")
-    parser.add_argument(
-        "--mask", default="nsdgeneral", help="ROI atlas whose label 1 selects voxels"
-    )
+    _selection_options(parser)
     parser.add_argument("--n-boot", type=int, default=2000, help="bootstrap resamples of the table")
     parser.add_argument("--fresh", action="store_true", help="train and test again")
-    group = parser.add_argument_group("size of the simulation")
-    _simulation_parser(group)  # type: ignore[arg-type]
+    _simulation_options(parser.add_argument_group("size of the simulation"), "sim-")
     found, rest = parser.parse_known_args(args)
+    if not found.simulate and (found.size or _given(found)):
+        raise ConfigError("chasm run", "options of the simulation without one", "Add --simulate.")
+    if not (found.simulate or found.nsd) and (found.version, found.mask) != (VERSION, MASK):
+        raise ConfigError("chasm run", "--version or --mask without --nsd", "Add --nsd.")
     from chasm.pipeline import run_recipe
 
     run_recipe(

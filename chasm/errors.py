@@ -14,6 +14,9 @@ class ChasmError(Exception):
         What the user can do about it.
     """
 
+    exit_status = 2
+    """What the command line returns."""
+
     def __init__(self, where: object, problem: str, remedy: str) -> None:
         self.where = str(where)
         self.problem = problem.strip().rstrip(".")
@@ -35,3 +38,7 @@ class CacheError(DataError):
 
 class ConfigError(ChasmError):
     """A recipe, an option or an argument has a value that cannot be used."""
+
+
+class TrainingError(ChasmError):
+    """Training diverged, or was stopped from outside before its end."""

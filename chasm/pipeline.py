@@ -21,12 +21,13 @@ from chasm.training.runs import fit
 
 log = logging.getLogger(__name__)
 
+SIMULATED_DIR = Path("data/simulated")
+"""Where a recipe looks for stores when it names no folder: never for those of a real tree."""
+
 
 def device() -> str:
-    """Return the fastest device here: cuda, mps or cpu."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    """Return cuda where there is one, else cpu."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def extract_tokens(data: NSDDataModule, *, fresh: bool = False, batch_size: int = 32) -> TokenCache:
@@ -66,11 +67,12 @@ def run_recipe(
         Recipe arguments (``-c FILE --data.subject 1 ...``).
     nsd
         An NSD tree to prepare the subject from; without it the store has to exist, unless
-        `simulated` is given.
+        `simulated` is given. Unless the recipe says otherwise, its stores go to
+        ``data/<name of the tree>``.
     simulated
         Simulate a tree under ``<dataset_dir>/nsd`` first.
     version, mask
-        Beta version and ROI atlas whose label 1 selects the voxels.
+        Beta version, and the ROI atlas whose labelled voxels are used.
     n_boot
         Bootstrap resamples of the table.
     fresh
@@ -83,6 +85,9 @@ def run_recipe(
     """
     recipe = Recipe(args)
     data = recipe.make_data()
+    if nsd is not None and data.dataset_dir == SIMULATED_DIR:
+        recipe = Recipe([*args, "--data.dataset_dir", str(Path("data") / nsd.resolve().name)])
+        data = recipe.make_data()
     if simulated is not None:
         nsd = simulate(simulated, data.dataset_dir / "nsd", [_number(data.subject)])
     if nsd is not None:

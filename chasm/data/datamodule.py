@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Sampler
 from chasm.data.batches import Batch, EncodingDataset, EpochShuffle, whole_batch
 from chasm.data.splits import Split, make_split, training_statistics
 from chasm.data.store import SubjectStore
-from chasm.errors import DataError
+from chasm.errors import ConfigError, DataError
 from chasm.features.backbones import BackboneSpec
 from chasm.features.cache import TokenCache
 from chasm.parcellation import Parcellation, make_parcellation
@@ -86,7 +86,7 @@ class NSDDataModule(L.LightningDataModule):
         ``seeded``: random by image, for data without a shared set; ``auto``: ``clean`` where
         images are shared, else ``seeded``.
     split_seed
-        Seed of the random parts of a split.
+        Seed of the random parts of a split; null takes the one the store was prepared with.
     statistics
         Session z-scores from ``train`` trials, or from ``all`` trials as in the paper.
     samples
@@ -107,7 +107,7 @@ class NSDDataModule(L.LightningDataModule):
         dataset_dir: str = "data/simulated",
         backbone: BackboneSpec = BackboneSpec(),  # noqa: B008 (frozen)
         split: Literal["auto", "clean", "paper", "seeded"] = "auto",
-        split_seed: int = 0,
+        split_seed: int | None = None,
         statistics: Literal["train", "all"] = "train",
         samples: Literal["image_means", "trials"] = "image_means",
         parcels: ParcelOptions = ParcelOptions(),  # noqa: B008
@@ -116,6 +116,9 @@ class NSDDataModule(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+            if value < least:
+                raise ConfigError(f"data.{name}", f"found {value}", f"Use {least} or more.")
         self.subject = subject
         self.dataset_dir = Path(dataset_dir)
         self.backbone = backbone
@@ -132,8 +135,9 @@ class NSDDataModule(L.LightningDataModule):
 
     @property
     def store_path(self) -> Path:
-        """The subject store's file."""
-        return self.dataset_dir / f"{subject_name(self.subject)}.h5"
+        """The subject store's file: ``<subject>.h5``, or ``subjXX.h5`` for a number."""
+        exact = self.dataset_dir / f"{self.subject}.h5"
+        return exact if exact.is_file() else self.dataset_dir / f"{subject_name(self.subject)}.h5"
 
     @property
     def tokens_root(self) -> Path:
@@ -206,9 +210,11 @@ class NSDDataModule(L.LightningDataModule):
             return self.store.normalisation("all")
         return training_statistics(self.store, self.data_split)
 
-    def token_statistics(self, block: int = 256) -> TokenStatistics:
-        """Per-channel statistics of the tokens of the train images, float64 sums in blocks."""
+    def token_statistics(self, block_bytes: int = 2**25) -> TokenStatistics:
+        """Per-channel statistics of the train images' tokens: float64 sums over small blocks."""
         ids = self.data_split.train
+        row = np.prod(self.tokens.patches.shape[1:]) + np.prod(self.tokens.cls.shape[1:])
+        block = max(1, block_bytes // int(8 * row))
         moments: dict[str, np.ndarray] = {}
         for start in range(0, len(ids), block):
             rows = ids[start : start + block]

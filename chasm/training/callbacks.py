@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import RichProgressBar
 
+from chasm.errors import TrainingError
 from chasm.progress import console
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,35 @@ class SeededSteps(L.Callback):
         """Seed torch for this step."""
         step = self.seed * 1_000_003 + trainer.global_step
         torch.manual_seed(step * 1009 + trainer.global_rank)
+
+
+class FiniteValidation(L.Callback):
+    """End training when the value that selects the checkpoint is not finite.
+
+    Parameters
+    ----------
+    monitor
+        Name of the logged value.
+
+    Raises
+    ------
+    TrainingError
+        At the end of the first validation where it is NaN or infinite.
+    """
+
+    def __init__(self, monitor: str) -> None:
+        self.monitor = monitor
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Look at the value of this validation."""
+        value = trainer.callback_metrics.get(self.monitor)
+        if trainer.sanity_checking or value is None or bool(torch.isfinite(value)):
+            return
+        raise TrainingError(
+            trainer.default_root_dir,
+            f"{self.monitor} is {float(value)} in epoch {trainer.current_epoch + 1}",
+            "Lower the learning rate or clip gradients, then train with --fresh.",
+        )
 
 
 class EpochLines(L.Callback):

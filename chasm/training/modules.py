@@ -55,6 +55,15 @@ class Stage1Module(L.LightningModule):
         ``cosine`` to zero, or ``constant`` after the warm-up.
     """
 
+    monitors = (
+        "val/loss",
+        "val/mse",
+        "val/pattern_correlation",
+        "val/voxelwise_correlation_mean",
+        "val/voxelwise_correlation_median",
+    )
+    """Validation values that can select a checkpoint."""
+
     def __init__(
         self,
         encoder: Stage1Factory = DualStreamEncoder,

@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import lightning as L
+import torch
 import yaml
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -120,11 +121,28 @@ class Recipe(LightningCLI):
         return self._instantiate("model")
 
     def make_trainer(self, **overrides: Any) -> L.Trainer:
-        """Make the trainer; `overrides` win over the recipe."""
-        settings = self.parser.instantiate_classes(self._only("trainer"))["trainer"]
-        callbacks = list(settings.pop("callbacks", None) or [])
-        callbacks += overrides.pop("callbacks", [])
-        return L.Trainer(**{**vars(settings), **overrides, "callbacks": callbacks})
+        """Make the trainer; `overrides` win over the recipe.
+
+        One device is used, CUDA where there is one, else the CPU (metrics need float64, which
+        MPS does not have).
+
+        Raises
+        ------
+        ConfigError
+            The recipe asks for several devices or nodes.
+        """
+        settings = self._instantiate("trainer")
+        callbacks = list(settings.pop("callbacks", None) or []) + overrides.pop("callbacks", [])
+        options = {**vars(settings), **overrides, "callbacks": callbacks}
+        for key in ("devices", "num_nodes"):
+            if options[key] not in ("auto", 1, "1", [0]):
+                raise ConfigError(
+                    f"trainer.{key}", f"{options[key]!r}: training runs on one device", "Use 1."
+                )
+        options["devices"] = 1
+        if options["accelerator"] == "auto":
+            options["accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
+        return L.Trainer(**options)
 
     def _only(self, part: str) -> Any:
         config = self.config.clone()
@@ -133,7 +151,7 @@ class Recipe(LightningCLI):
         return config
 
     def _instantiate(self, part: str) -> Any:
-        return self.parser.instantiate_classes(self._only(part))[part]
+        return self.parser.instantiate(self._only(part))[part]
 
     def resolved(self) -> str:
         """Return every setting, defaults included, as YAML that gives this recipe again."""

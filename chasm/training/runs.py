@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
-import subprocess
-import sys
+import pickle
+import signal
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +21,18 @@ import torch
 from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from chasm.data.datamodule import NSDDataModule, subject_name
-from chasm.errors import ChasmError, ConfigError, DataError
+from chasm.errors import ConfigError, DataError, TrainingError
 from chasm.io import atomic_path, digest, write_json, write_text
 from chasm.progress import console
-from chasm.training.callbacks import SeededSteps, progress_callback
+from chasm.training.callbacks import FiniteValidation, SeededSteps, progress_callback
+from chasm.training.provenance import provenance
 from chasm.training.recipes import Recipe
 
 log = logging.getLogger(__name__)
 
-PACKAGES = (
-    "chasm-fmri", "torch", "lightning", "timm", "torchmetrics", "himalaya", "plenoptic",
-    "nilearn", "numpy", "h5py", "mamba-ssm", "causal-conv1d",
-)  # fmt: skip
 _WITHOUT_EFFECT = {
     "data": ("num_workers", "dataset_dir"),
     "trainer": (
@@ -47,8 +43,20 @@ _WITHOUT_EFFECT = {
 """Settings that change nothing in the result, left out of a run's digest."""
 
 
-class RunInterruptedError(ChasmError):
+RESULT_VERSION = 1
+"""Part of a run's digest: raised when a change of the code changes what training gives."""
+
+
+class RunInterruptedError(TrainingError):
     """Training was stopped from outside before its end."""
+
+    def __init__(self, run: Path, epoch: int, by: signal.Signals) -> None:
+        super().__init__(
+            run,
+            f"training stopped in epoch {epoch + 1} ({by.name})",
+            "Give the same command again to go on from the last whole epoch.",
+        )
+        self.exit_status = 128 + by
 
 
 def run_folder(recipe: Recipe, data: NSDDataModule) -> Path:
@@ -58,6 +66,7 @@ def run_folder(recipe: Recipe, data: NSDDataModule) -> Path:
     for part, keys in _WITHOUT_EFFECT.items():
         for key in keys:
             settings[part].pop(key, None)
+    settings["result_version"] = RESULT_VERSION
     settings["store"] = data.store.fingerprint
     settings["tokens"] = data.tokens.fingerprint
     subject = subject_name(data.subject)
@@ -75,13 +84,16 @@ def fit(recipe: Recipe, *, fresh: bool = False) -> Path:
     ------
     RunInterruptedError
         Training was stopped by a signal; what whole epochs it had is kept.
+    TrainingError
+        Training diverged.
     DataError, ConfigError
         The data cannot be used, or another process trains the same run.
     """
     data = recipe.make_data()
     run = run_folder(recipe, data)
     if not fresh and is_finished(run):
-        log.info("run is current: %s", run)
+        revision = read_provenance(run).get("git_revision")
+        log.info("run is current: %s (trained at revision %s)", run, revision)
         return run
     run.mkdir(parents=True, exist_ok=True)
     try:
@@ -101,6 +113,11 @@ def _fit_locked(recipe: Recipe, data: NSDDataModule, run: Path, fresh: bool) -> 
     data.setup("fit")
     L.seed_everything(recipe.seed, workers=True, verbose=False)
     model = recipe.make_model()
+    _check_monitor(recipe.selection.monitor, model)
+    resume = last if last.is_file() else None
+    if resume is not None:
+        read_checkpoint(resume)
+        log.info("going on from %s", resume)
     write_text(run / "config.yaml", recipe.resolved())
     facts = provenance(recipe, data)
     write_json(run / "provenance.json", facts | {"status": "running"})
@@ -115,21 +132,44 @@ def _fit_locked(recipe: Recipe, data: NSDDataModule, run: Path, fresh: bool) -> 
         enable_model_summary=False,
         enable_progress_bar=console.is_terminal,
     )
-    resume = last if last.is_file() else None
-    if resume is not None:
-        log.info("going on from %s", resume)
-    trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
-    merge_metrics(run)
-    if trainer.interrupted or trainer.state.status != "finished":
-        raise RunInterruptedError(
-            run,
-            f"training stopped in epoch {trainer.current_epoch}",
-            "Give the same command again to go on from the last whole epoch.",
-        )
+    interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
+    except SystemExit as stop:  # Lightning's answer to SIGTERM and to Ctrl-C
+        by = signal.SIGTERM if isinstance(stop, SIGTERMException) else signal.SIGINT
+        raise RunInterruptedError(run, trainer.current_epoch, by) from stop
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
+        merge_metrics(run)
     facts["trained"] = _trained(trainer, model)
     facts["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
     write_json(run / "provenance.json", facts | {"status": "finished"})
     return run
+
+
+def _check_monitor(monitor: str, model: L.LightningModule) -> None:
+    known = getattr(model, "monitors", (monitor,))
+    if monitor not in known:
+        raise ConfigError(
+            "selection.monitor", f"{monitor!r} is not logged", f"Use one of: {', '.join(known)}."
+        )
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU, tensors and plain types only.
+
+    Raises
+    ------
+    DataError
+        The file is damaged or holds anything else.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            path, f"is not a readable checkpoint ({line})", "Train again with --fresh."
+        ) from error
 
 
 def _trained(trainer: L.Trainer, model: L.LightningModule) -> dict[str, Any]:
@@ -157,6 +197,7 @@ def _callbacks(recipe: Recipe, run: Path) -> list[L.Callback]:
             save_on_train_epoch_end=True,
             enable_version_counter=False,
         ),
+        FiniteValidation(choice.monitor),
         SeededSteps(recipe.seed),
         LearningRateMonitor(logging_interval="epoch"),
         progress_callback(),
@@ -212,60 +253,6 @@ def read_provenance(run: Path) -> dict[str, Any]:
         ) from error
 
 
-def provenance(recipe: Recipe, data: NSDDataModule) -> dict[str, Any]:
-    """Everything needed to say where a result comes from, as plain types."""
-    store, tokens = data.store, data.tokens
-    split = data.data_split
-    return {
-        "command": ["chasm", *sys.argv[1:]],
-        "recipe": recipe.name,
-        "seed": recipe.seed,
-        "simulated": store.simulated,
-        "dataset": store.dataset,
-        "subject": store.subject,
-        "source": store.source,
-        "beta_version": store.beta_version,
-        "store": {"path": str(data.store_path), "fingerprint": store.fingerprint},
-        "tokens": {
-            "path": str(tokens.folder), "fingerprint": tokens.fingerprint,
-            "backbone": data.backbone.model, "weights": tokens.weights_label,
-        },
-        "split": {
-            "name": split.name, "train": len(split.train),
-            "validation": len(split.validation), "test": len(split.test),
-        },
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git_revision": _git_revision(),
-        "versions": {"python": platform.python_version(), **_versions()},
-        "hardware": {
-            "platform": platform.platform(),
-            "processor": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
-    }  # fmt: skip
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _git_revision() -> str | None:
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
-
-
 def newest_run(runs: Path, dataset: str, subject: int | str, name: str) -> Path | None:
     """Find the most recently finished run of a recipe on a subject."""
     folders = (runs / dataset / subject_name(subject)).glob(f"{name}-*")
@@ -289,7 +276,7 @@ def load(run: Path, checkpoint: str = "best") -> tuple[L.LightningModule, NSDDat
             )
     recipe = Recipe(["-c", str(config)])
     model = recipe.make_model()
-    saved = torch.load(weights, map_location="cpu", weights_only=True)
+    saved = read_checkpoint(weights)
     model.on_load_checkpoint(saved)
     model.load_state_dict(saved["state_dict"])
     return model.eval(), recipe.make_data(), recipe

@@ -31,3 +31,30 @@ def test_sizes_that_depend_on_data_are_in_no_recipe():
     for path in RECIPES:
         for key in ("n_voxels", "n_parcels", "n_patches", "patch_width", "cls_width"):
             assert f"{key}:" not in path.read_text(), (path, key)
+
+
+def test_the_faithful_recipe_has_the_published_values():
+    settings = Recipe(["-c", str(ROOT / "experiments" / "paper" / "stage1.yaml")]).settings()
+    model, data = settings["model"]["init_args"], settings["data"]
+    encoder, loss = model["encoder"]["init_args"], model["loss"]["init_args"]
+    assert (model["target"], model["top_p"], model["token_scaling"]) == ("top_p", 0.7, "none")
+    assert (model["learning_rate"], model["weight_decay"]) == (3e-5, 0.01)
+    assert (model["schedule"], model["warmup"]) == ("constant", 0.0)
+    published = {
+        "d_model": 512, "global_blocks": 2, "local_blocks": 4, "d_state": 16, "d_conv": 4,
+        "expand": 2, "dropout": 0.4, "token_noise": 0.1, "gate": "image", "readout": "pooled",
+        "direction": "forward", "block_norm": False, "residual_clamp": 10.0, "d_head": 256,
+        "d_embedding": 256, "full_precision": True,
+    }  # fmt: skip
+    assert {key: encoder[key] for key in published} == published
+    weights = [loss[f"{name}_weight"] for name in ("error", "pearson", "std", "contrastive")]
+    assert weights == [1.0, 0.3, 0.2, 0.2]
+    assert (loss["error"], loss["peak_alpha"], loss["peak_tau"]) == ("peak", 0.5, 0.3)
+    assert loss["temperature"] == 0.15
+    assert (data["split"], data["statistics"], data["samples"]) == ("paper", "all", "trials")
+    assert data["parcels"] == {"kind": "sequential", "size": 30, "atlas": "streams"}
+    assert data["backbone"]["model"] == "vit_base_patch14_dinov2"
+    assert (data["backbone"]["image_size"], data["batch_size"]) == (224, 32)
+    assert data["backbone"]["cls_layers"] == data["backbone"]["patch_layers"] == [12]
+    assert settings["trainer"]["max_epochs"] == 450
+    assert settings["trainer"]["gradient_clip_val"] == 0.5

@@ -2,6 +2,10 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import h5py
 import numpy as np
@@ -10,7 +14,7 @@ import pytest
 import torch
 
 from chasm.data.store import SubjectStore
-from chasm.errors import ChasmError, ConfigError, DataError
+from chasm.errors import ChasmError, ConfigError, DataError, TrainingError
 from chasm.training.recipes import Recipe
 from chasm.training.runs import RunInterruptedError, fit, is_finished, load, merge_metrics
 
@@ -78,8 +82,9 @@ def test_a_resumed_run_equals_an_unbroken_one(tiny_recipe, tmp_path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(runs, "SeededSteps", StopInEpoch2)
-        with pytest.raises((RunInterruptedError, KeyboardInterrupt, SystemExit)):
+        with pytest.raises(RunInterruptedError) as stopped:
             fit(Recipe(broken_args))
+    assert stopped.value.exit_status == 130
     (folder,) = (tmp_path / "broken").glob("*/*/smoke-*")
     assert not is_finished(folder)
     resumed = fit(Recipe(broken_args))
@@ -192,6 +197,75 @@ def test_an_unknown_atlas_lists_the_atlases(tiny_recipe):
     args = [*tiny_recipe, "--data.parcels.kind", "atlas", "--data.parcels.atlas", "brodmann"]
     with pytest.raises(ChasmError, match=r"brodmann.*streams"):
         fit(Recipe(args))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_with_its_status_and_one_line(tiny_recipe, tmp_path, number, status):
+    command = [
+        sys.executable,
+        "-m",
+        "chasm.cli",
+        "fit",
+        *tiny_recipe,
+        "--trainer.max_epochs",
+        "999",
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    runs = tmp_path / "runs"
+    deadline = time.monotonic() + 120
+    while not list(runs.rglob("last.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == status, said
+    assert "training stopped" in said.splitlines()[-1]
+    (run,) = runs.glob("*/*/smoke-*")
+    assert not is_finished(run)
+    assert (run / "metrics.csv").is_file()
+
+
+@pytest.mark.parametrize("extra", [["--trainer.devices", "2"], ["--trainer.num_nodes", "2"]])
+def test_several_devices_are_refused_before_anything_starts(tiny_recipe, extra):
+    with pytest.raises(ConfigError, match="one device"):
+        fit(Recipe([*tiny_recipe, *extra]))
+
+
+def test_a_value_that_is_not_logged_cannot_select(tiny_recipe, tmp_path):
+    with pytest.raises(ConfigError, match=r"val/mze.*val/mse"):
+        fit(Recipe([*tiny_recipe, "--selection.monitor", "val/mze"]))
+    assert not list((tmp_path / "runs").rglob("*.ckpt"))
+
+
+def test_a_diverged_run_is_no_finished_run(tiny_recipe, tmp_path):
+    args = [*tiny_recipe, "--model.init_args.learning_rate", "1e30"]
+    with pytest.raises(TrainingError, match="learning rate"):
+        fit(Recipe(args))
+    (run,) = (tmp_path / "runs").glob("*/*/smoke-*")
+    assert not is_finished(run)
+
+
+@pytest.mark.parametrize("name", ["best", "last"])
+def test_a_damaged_checkpoint_is_named(tiny_recipe, name):
+    run = fit(Recipe(tiny_recipe))
+    path = run / "checkpoints" / f"{name}.ckpt"
+    path.write_bytes(path.read_bytes()[:1000])
+    facts = json.loads((run / "provenance.json").read_text())
+    (run / "provenance.json").write_text(json.dumps(facts | {"status": "running"}))
+    with pytest.raises(DataError, match=rf"{name}.ckpt.*--fresh"):
+        load(run) if name == "best" else fit(Recipe(tiny_recipe))
+
+
+def test_a_pickle_in_place_of_weights_is_refused(tiny_recipe):
+    run = fit(Recipe(tiny_recipe))
+    torch.save({"state_dict": {}, "sizes": print}, run / "checkpoints" / "best.ckpt")
+    with pytest.raises(DataError, match=r"best\.ckpt"):
+        load(run)
+
+
+@pytest.mark.parametrize("value", ["0", "-3"])
+def test_a_batch_has_at_least_one_image(tiny_recipe, value):
+    with pytest.raises(ConfigError, match=r"batch_size.*Use 1 or more"):
+        fit(Recipe([*tiny_recipe, "--data.batch_size", value]))
 
 
 def test_merged_metrics_prefer_the_later_attempt(tmp_path):

@@ -1,0 +1,76 @@
+"""Where a result comes from: data, versions, revision, seed, hardware."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chasm.data.datamodule import NSDDataModule
+from chasm.training.recipes import Recipe
+
+PACKAGES = (
+    "chasm-fmri", "torch", "lightning", "timm", "torchmetrics", "himalaya", "plenoptic",
+    "nilearn", "numpy", "h5py", "mamba-ssm", "causal-conv1d",
+)  # fmt: skip
+
+
+def provenance(recipe: Recipe, data: NSDDataModule) -> dict[str, Any]:
+    """Everything needed to say where a result comes from, as plain types."""
+    store, tokens = data.store, data.tokens
+    split = data.data_split
+    return {
+        "command": ["chasm", *sys.argv[1:]],
+        "recipe": recipe.name,
+        "seed": recipe.seed,
+        "simulated": store.simulated,
+        "dataset": store.dataset,
+        "subject": store.subject,
+        "source": store.source,
+        "beta_version": store.beta_version,
+        "store": {"path": str(data.store_path), "fingerprint": store.fingerprint},
+        "tokens": {
+            "path": str(tokens.folder), "fingerprint": tokens.fingerprint,
+            "backbone": data.backbone.model, "weights": tokens.weights_label,
+        },
+        "split": {
+            "name": split.name, "train": len(split.train),
+            "validation": len(split.validation), "test": len(split.test),
+        },
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git_revision": git_revision(),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "hardware": {
+            "platform": platform.platform(),
+            "processor": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+    }  # fmt: skip
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def git_revision() -> str | None:
+    """Return the revision of the checkout this package runs from, or None."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
