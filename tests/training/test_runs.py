@@ -113,6 +113,13 @@ def test_loading_gives_the_selected_weights_and_the_same_predictions(tiny_recipe
         assert torch.equal(model(batch).parcels, again(batch).parcels)
 
 
+def test_a_checkpoint_alone_is_enough_for_lightning(tiny_recipe):
+    run = fit(Recipe(tiny_recipe))
+    model, _, _ = load(run)
+    alone = type(model).load_from_checkpoint(run / "checkpoints" / "best.ckpt", weights_only=True)
+    assert_same(model.state_dict(), alone.state_dict())
+
+
 def poison(dataset, target, value):
     """Copy a prepared dataset and overwrite the betas of every test image."""
     shutil.copytree(dataset, target)
