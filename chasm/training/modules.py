@@ -108,8 +108,9 @@ class Stage1Module(L.LightningModule):
         encoder.patch_scaler.set_statistics(values["patches_mean"], values["patches_std"])
 
     def configure_model(self) -> None:
-        """Build from the data module, unless a checkpoint already did."""
-        if self.encoder is not None:
+        """Build from the data module, unless a checkpoint did or is about to."""
+        # Lightning calls this hook without a trainer when it loads a checkpoint.
+        if self.encoder is not None or self._trainer is None:
             return
         data: NSDDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
         self.build(data.sizes, data.parcellation)
