@@ -91,8 +91,12 @@ def _set_up_logging() -> None:
     warnings.filterwarnings("ignore", module=r"lightning\..*")
 
 
-def _show_path(path: Path) -> None:
-    sys.stdout.write(f"{path}\n")
+def _show_path(path: Path, what: str = "") -> None:
+    sys.stdout.write(f"{what}{path}\n")
+
+
+def _show_report(run: Path) -> None:
+    _show_path(run / "report" / "report.html", "Report: ")
 
 
 def _parser(name: str) -> argparse.ArgumentParser:
@@ -282,6 +286,7 @@ def _test(args: list[str]) -> None:
     from chasm.evaluation.testing import score_run
 
     score_run(found.run, n_boot=found.n_boot, fresh=found.fresh)
+    _show_report(found.run)
 
 
 def _report(args: list[str]) -> None:
@@ -291,7 +296,8 @@ def _report(args: list[str]) -> None:
     found = parser.parse_args(args)
     from chasm.evaluation.testing import report_run
 
-    report_run(found.run, n_boot=found.n_boot)
+    report_run(found.run, n_boot=found.n_boot, fresh=True)
+    _show_report(found.run)
 
 
 def _run(args: list[str]) -> None:
@@ -316,7 +322,7 @@ def _run(args: list[str]) -> None:
         raise ConfigError("chasm run", "--version or --mask without --nsd", "Add --nsd.")
     from chasm.pipeline import run_recipe
 
-    run_recipe(
+    run = run_recipe(
         rest,
         nsd=found.nsd,
         simulated=_simulation_config(found) if found.simulate else None,
@@ -325,6 +331,7 @@ def _run(args: list[str]) -> None:
         n_boot=found.n_boot,
         fresh=found.fresh,
     )
+    _show_report(run)
 
 
 HANDLERS: dict[str, Callable[[list[str]], None]] = {

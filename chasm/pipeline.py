@@ -15,7 +15,7 @@ from chasm.errors import ConfigError
 from chasm.evaluation.testing import score_run
 from chasm.features.backbones import create_backbone
 from chasm.features.cache import TokenCache
-from chasm.features.extract import extract
+from chasm.features.extract import check_pixels, extract
 from chasm.training.recipes import Recipe
 from chasm.training.runs import fit
 
@@ -36,6 +36,8 @@ def extract_tokens(data: NSDDataModule, *, fresh: bool = False, batch_size: int 
     images = store.open_images()
     found = None if fresh else TokenCache.find(data.tokens_root, images.fingerprint, data.backbone)
     if found is not None and not len(found.missing(store.images.ids)):
+        found.verify(store.images.ids)
+        check_pixels(found, images, store.images.ids)
         log.info("tokens are current: %s", found.folder)
         return found
     return extract(

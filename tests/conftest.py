@@ -3,12 +3,19 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 
 TINY = [
     "-c", str(ROOT / "experiments" / "smoke.yaml"),
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test draws the same numbers, alone or among others."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

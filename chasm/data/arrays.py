@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from chasm.data.images import StoredImages, open_images
+from chasm.data.images import StoredImages, open_images, read_npy
 from chasm.data.splits import FRACTIONS, seeded_parts
-from chasm.data.store_format import file_facts, signature, store_signature
+from chasm.data.store_format import file_facts, is_current, signature
 from chasm.data.store_writer import StoreWriter
 from chasm.errors import ConfigError, DataError
 from chasm.noise_ceiling import RepeatAccumulator, RunningMoments, ncsnr_from_variances
@@ -69,7 +69,8 @@ def prepare_arrays(
     responses
         .npy, (units, images), or (units, images, repeats) with NaN where a repeat is missing.
     out
-        The store to write. Returns at once when it is current.
+        The store to write. Returns at once when it is current; one of the same name, dataset,
+        images and responses is made anew when their content or the options have changed.
     name, dataset
         E.g. ``session_210325`` and ``macaque_v4``.
     rois
@@ -90,6 +91,8 @@ def prepare_arrays(
     ------
     DataError
         If responses are not finite where they must be, lengths differ, or a file cannot be used.
+    StoreError
+        If the store at `out` is of another name, data set, image source or response file.
     """
     out = Path(out)
     source = open_images("auto", images)
@@ -110,7 +113,15 @@ def prepare_arrays(
             "split": [split_seed, [float(f) for f in fractions]],
         }
     )
-    if not overwrite and store_signature(out) == made_from:
+    identity = {
+        "subject": name,
+        "dataset": dataset,
+        "source": "arrays",
+        "beta_version": "",
+        "source_path": str(found.path.resolve()),
+    }
+    held = identity | {"images/path": str(source.path)}
+    if not overwrite and is_current(out, made_from, held):
         log.info("%s is current", out)
         return out
     atlases = _load_rois(rois, n_units) if rois else {}
@@ -126,12 +137,8 @@ def prepare_arrays(
         places,
         out,
         {
-            "subject": name,
-            "dataset": dataset,
-            "source": "arrays",
-            "beta_version": "",
+            **identity,
             "source_signature": made_from,
-            "source_path": str(found.path.resolve()),
             "split_seed": split_seed,
             "split_fractions": [float(f) for f in fractions],
         },
@@ -143,15 +150,8 @@ def _load_responses(path: Path, n_images: int) -> _Responses:
     """Open the array by memory map and check every value."""
     if not path.is_file():
         raise DataError(path, "no such file", "Give a .npy of shape (units, images[, repeats])")
-    try:
-        values = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(path, f"not a readable .npy array ({error})", "Save it again") from error
-    if (
-        not isinstance(values, np.ndarray)
-        or values.ndim not in (2, 3)
-        or values.dtype.kind not in "iuf"
-    ):
+    values = read_npy(path, memory_map=True)
+    if values.ndim not in (2, 3) or values.dtype.kind not in "iuf":
         raise DataError(
             path,
             f"{values.dtype} {values.shape} found, numbers (units, images[, repeats]) expected",
@@ -224,7 +224,7 @@ def _check_units(responses: _Responses) -> None:
 def _load_rois(path: Path, n_units: int) -> dict[str, tuple[np.ndarray, dict[int, str]]]:
     """Read ROI labels: atlas → labels (units,) and their names."""
     if path.suffix == ".npy":
-        labels = _load_npy(path)
+        labels = read_npy(path)
         if labels.shape != (n_units,) or labels.dtype.kind not in "iu":
             raise DataError(
                 path,
@@ -251,7 +251,9 @@ def _load_rois(path: Path, n_units: int) -> dict[str, tuple[np.ndarray, dict[int
 def _load_coordinates(path: Path, n_units: int) -> np.ndarray:
     """Read places of units in mm: (units, 3)."""
     if path.suffix == ".npy":
-        places = _load_npy(path).astype(np.float64)
+        places = read_npy(path)
+        if places.dtype.kind not in "iuf":
+            raise DataError(path, f"{places.dtype} found, numbers expected", "Save x, y, z in mm")
     else:
         rows = _read_csv(path, {"x", "y", "z"})
         places = np.full((n_units, 3), np.nan)
@@ -271,23 +273,22 @@ def _load_coordinates(path: Path, n_units: int) -> np.ndarray:
     return places
 
 
-def _load_npy(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(path, f"not a readable .npy array ({error})", "Save it again") from error
-
-
 def _read_csv(path: Path, columns: set[str]) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream)
-        if not columns <= set(reader.fieldnames or ()):
-            raise DataError(
-                path,
-                f"columns {reader.fieldnames} found, {sorted(columns)} expected",
-                "Write these names in the first line",
-            )
-        return [{k: (v or "").strip() for k, v in row.items() if k} for row in reader]
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream)
+            found, rows = reader.fieldnames, list(reader)
+    except (UnicodeDecodeError, csv.Error, OSError) as error:
+        raise DataError(
+            path, f"not a readable CSV file ({error})", "Save it as CSV in UTF-8"
+        ) from error
+    if not columns <= set(found or ()):
+        raise DataError(
+            path,
+            f"columns {found} found, {sorted(columns)} expected",
+            "Write these names in the first line",
+        )
+    return [{k: (v or "").strip() for k, v in row.items() if k} for row in rows]
 
 
 def _unit(path: Path, line: int, text: str, n_units: int) -> int:

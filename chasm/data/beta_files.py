@@ -14,6 +14,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from chasm.data.store_format import open_hdf5
 from chasm.errors import DataError
 
 _BLOCK_BYTES = 48 << 20
@@ -125,12 +126,8 @@ class RowFile:
 
 
 def _open_hdf5(path: Path) -> h5py.File:
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        line = str(error).splitlines()[0]
-        raise DataError(path, f"is damaged or truncated ({line})", _FETCH) from error
-    if "betas" not in file:
+    file = open_hdf5(path, _FETCH)
+    if not isinstance(file.get("betas"), h5py.Dataset):
         names = ", ".join(file) or "nothing"
         file.close()
         raise DataError(f"{path}:betas", f"no such dataset; the file holds {names}", _FETCH)

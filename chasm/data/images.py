@@ -1,7 +1,9 @@
 """Where the pixels are: images read by id from an HDF5 brick, a folder, a zip or a .npy array.
 
 Ids are 0-based positions: rows of a brick or array, places in the sorted list of file names.
-Nothing here reads a whole stimulus file, and every source can be pickled and used after a fork.
+A fingerprint covers every byte of a folder, zip or .npy; of an HDF5 brick, which may be NSD's
+39 GB, it covers the shape and a few images, and the brick is never read as a whole. Every source
+can be pickled and used after a fork.
 """
 
 from __future__ import annotations
@@ -21,12 +23,14 @@ import h5py
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from chasm.data.store_format import content_hash, open_hdf5
 from chasm.errors import DataError
 from chasm.io import digest
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"})
 FINGERPRINT_IMAGES = 8
-"""How many images, evenly spread, are hashed for a fingerprint."""
+"""How many images of an HDF5 brick, evenly spread, are hashed for a fingerprint."""
+_FETCH = "Fetch the file again"
 
 _DECODING_ERRORS = (
     OSError,
@@ -46,7 +50,7 @@ class ImageSource(Protocol):
     ids
         (images,) int64, every id that can be read.
     fingerprint
-        Short digest of names, sizes, shape and a few sampled images.
+        Short digest of the content; of an HDF5 brick, of its shape and a few images.
     """
 
     @property
@@ -56,7 +60,7 @@ class ImageSource(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Short digest of names, sizes, shape and a few sampled images."""
+        """Short digest of the content; of an HDF5 brick, of its shape and a few images."""
         ...
 
     def __len__(self) -> int:
@@ -86,7 +90,8 @@ def open_images(
     key
         For ``hdf5``: the dataset of shape (images, height, width, 3), default ``imgBrick``.
     sample_ids
-        Which images the fingerprint looks at; default: evenly spread over the source.
+        For ``hdf5``: which images the fingerprint looks at; default: evenly spread. Of the other
+        kinds it covers everything.
 
     Raises
     ------
@@ -101,11 +106,11 @@ def open_images(
     if kind == "hdf5":
         return Hdf5Images(path, key or "imgBrick", sample_ids)
     if kind == "folder":
-        return FolderImages(path, sample_ids)
+        return FolderImages(path)
     if kind == "zip":
-        return ZipImages(path, sample_ids)
+        return ZipImages(path)
     if kind == "npy":
-        return NpyImages(path, sample_ids)
+        return NpyImages(path)
     raise DataError(path, f"unknown kind of images '{kind}'", "Use hdf5, folder, zip or npy")
 
 
@@ -134,10 +139,10 @@ class StoredImages:
 
     kind = ""
     key = ""
+    sample_ids: tuple[int, ...] = ()
 
-    def __init__(self, path: Path, sample_ids: Sequence[int] | None) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path.resolve()
-        self._sample_ids = None if sample_ids is None else tuple(int(i) for i in sample_ids)
         self._fingerprint: str | None = None
 
     def __len__(self) -> int:
@@ -156,20 +161,10 @@ class StoredImages:
         return np.arange(len(self), dtype=np.int64)
 
     @property
-    def sample_ids(self) -> tuple[int, ...]:
-        """The ids of the images that the fingerprint looks at."""
-        if self._sample_ids is not None:
-            return self._sample_ids
-        return tuple(int(i) for i in np.linspace(0, len(self) - 1, FINGERPRINT_IMAGES).round())
-
-    @property
     def fingerprint(self) -> str:
-        """Short digest of names, sizes, shape and a few sampled images."""
+        """Short digest of the content; of an HDF5 brick, of its shape and a few images."""
         if self._fingerprint is None:
-            pixels = hashlib.sha256()
-            for image in self.read(np.asarray(self.sample_ids)):
-                pixels.update(repr(image.shape).encode() + image.tobytes())
-            self._fingerprint = digest([self.kind, self._identity(), pixels.hexdigest()])
+            self._fingerprint = digest([self.kind, *self._identity()])
         return self._fingerprint
 
     def describe(self) -> str:
@@ -193,19 +188,20 @@ class Hdf5Images(StoredImages):
     """Rows of an HDF5 dataset, uint8 (images, height, width, 3), as NSD's ``imgBrick``.
 
     The file is opened for each call to `read`, so nothing is shared between processes.
+    `sample_ids` are the images that the fingerprint looks at.
     """
 
     kind = "hdf5"
 
     def __init__(self, path: Path, key: str, sample_ids: Sequence[int] | None = None) -> None:
-        super().__init__(path, sample_ids)
+        super().__init__(path)
         self.key = key
-        with self._file() as file:
-            if key not in file:
+        with open_hdf5(self.path, _FETCH) as file:
+            if not isinstance(file.get(key), h5py.Dataset):
                 raise DataError(
                     f"{path}:{key}",
-                    f"no such dataset; there are {sorted(file)}",
-                    "Name one of them",
+                    f"no such dataset; the file holds {sorted(file)}",
+                    "Give NSD's nsd_stimuli.hdf5 or a file of that form",
                 )
             self._shape = tuple(int(n) for n in file[key].shape)
             dtype = file[key].dtype
@@ -216,24 +212,23 @@ class Hdf5Images(StoredImages):
                 "Give NSD's nsd_stimuli.hdf5 or a file of that form",
             )
 
-    def _file(self) -> h5py.File:
-        try:
-            return h5py.File(self.path, "r")
-        except OSError as error:
-            raise DataError(
-                self.path, f"not a readable HDF5 file ({_line(error)})", "Fetch the file again"
-            ) from error
+        if sample_ids is None:
+            sample_ids = np.linspace(0, len(self) - 1, FINGERPRINT_IMAGES).round().tolist()
+        self.sample_ids = tuple(int(i) for i in sample_ids)
 
     def __len__(self) -> int:
         return self._shape[0]
 
     def _identity(self) -> list[Any]:
-        return [self.key, list(self._shape)]
+        pixels = hashlib.sha256()
+        for image in self.read(np.asarray(self.sample_ids)):
+            pixels.update(image.tobytes())
+        return [self.key, list(self._shape), pixels.hexdigest()]
 
     def read(self, image_ids: np.ndarray) -> list[np.ndarray]:
         """Read images, in the order asked for: uint8 (height, width, 3), RGB."""
         ids = self._checked(image_ids)
-        with self._file() as file:
+        with open_hdf5(self.path, _FETCH) as file:
             brick = file[self.key]
             try:
                 found = {int(i): brick[int(i)] for i in np.unique(ids)}
@@ -241,7 +236,7 @@ class Hdf5Images(StoredImages):
                 raise DataError(
                     f"{self.path}:{self.key}",
                     f"cannot be read ({_line(error)})",
-                    "Fetch the file again",
+                    _FETCH,
                 ) from error
         return [found[int(i)] for i in ids]
 
@@ -251,8 +246,8 @@ class FolderImages(StoredImages):
 
     kind = "folder"
 
-    def __init__(self, path: Path, sample_ids: Sequence[int] | None = None) -> None:
-        super().__init__(path, sample_ids)
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
         self.names = _image_names(p.name for p in self.path.iterdir() if p.is_file())
         if not self.names:
             raise DataError(
@@ -263,7 +258,7 @@ class FolderImages(StoredImages):
         return len(self.names)
 
     def _identity(self) -> list[Any]:
-        return [[name, (self.path / name).stat().st_size] for name in self.names]
+        return [[name, content_hash(self.path / name)] for name in self.names]
 
     def read(self, image_ids: np.ndarray) -> list[np.ndarray]:
         """Read images, in the order asked for: uint8 (height, width, 3), RGB."""
@@ -276,12 +271,11 @@ class ZipImages(StoredImages):
 
     kind = "zip"
 
-    def __init__(self, path: Path, sample_ids: Sequence[int] | None = None) -> None:
-        super().__init__(path, sample_ids)
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
         self._archive: tuple[int, zipfile.ZipFile] | None = None
-        entries = {i.filename: i for i in self._zip().infolist() if not i.is_dir()}
+        entries = (i.filename for i in self._zip().infolist() if not i.is_dir())
         self.names = _image_names(n for n in entries if not n.startswith("__MACOSX/"))
-        self._entries = [[n, entries[n].file_size, entries[n].CRC] for n in self.names]
         if not self.names:
             raise DataError(
                 path, "no image files in this zip", f"Use {', '.join(sorted(SUFFIXES))}"
@@ -296,7 +290,7 @@ class ZipImages(StoredImages):
                 self._archive = (os.getpid(), zipfile.ZipFile(self.path))
             except (zipfile.BadZipFile, OSError) as error:
                 raise DataError(
-                    self.path, f"not a readable zip ({_line(error)})", "Fetch the file again"
+                    self.path, f"not a readable zip ({_line(error)})", _FETCH
                 ) from error
         return self._archive[1]
 
@@ -304,7 +298,7 @@ class ZipImages(StoredImages):
         return len(self.names)
 
     def _identity(self) -> list[Any]:
-        return self._entries
+        return [content_hash(self.path)]
 
     def read(self, image_ids: np.ndarray) -> list[np.ndarray]:
         """Read images, in the order asked for: uint8 (height, width, 3), RGB."""
@@ -318,9 +312,9 @@ class NpyImages(StoredImages):
 
     kind = "npy"
 
-    def __init__(self, path: Path, sample_ids: Sequence[int] | None = None) -> None:
-        super().__init__(path, sample_ids)
-        array = self._array()
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        array = read_npy(self.path, memory_map=True)
         self._shape = tuple(int(n) for n in array.shape)
         channels = self._shape[3] if len(self._shape) == 4 else 1
         if len(self._shape) not in (3, 4) or channels not in (1, 3, 4) or array.dtype != np.uint8:
@@ -330,29 +324,44 @@ class NpyImages(StoredImages):
                 "Convert to uint8 with the colour axis last",
             )
 
-    def _array(self) -> np.ndarray:
-        try:
-            return np.load(self.path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise DataError(
-                self.path, f"not a readable .npy array ({_line(error)})", "Save it again"
-            ) from error
-
     def __len__(self) -> int:
         return self._shape[0]
 
     def _identity(self) -> list[Any]:
-        return list(self._shape)
+        return [content_hash(self.path)]
 
     def read(self, image_ids: np.ndarray) -> list[np.ndarray]:
         """Read images, in the order asked for: uint8 (height, width, 3), RGB."""
-        array = self._array()
+        array = read_npy(self.path, memory_map=True)
         images = []
         for i in self._checked(image_ids):
             image = np.asarray(array[i])
             image = image[..., None] if image.ndim == 2 else image
             images.append(np.repeat(image, 3, 2) if image.shape[2] == 1 else image[..., :3].copy())
         return images
+
+
+def read_npy(path: Path, *, memory_map: bool = False) -> np.ndarray:
+    """Read one array.
+
+    Raises
+    ------
+    DataError
+        If the file is damaged, holds objects, or is an archive of several arrays.
+    """
+    try:
+        found = np.load(path, mmap_mode="r" if memory_map else None, allow_pickle=False)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(
+            path, f"not a readable .npy array ({_line(error)})", "Save it again"
+        ) from error
+    if not isinstance(found, np.ndarray):
+        names = ", ".join(found.files)
+        found.close()
+        raise DataError(
+            path, f"is an .npz archive ({names}), not a .npy array", "Save one array by np.save"
+        )
+    return found
 
 
 def _image_names(names: Any) -> list[str]:

@@ -7,7 +7,6 @@ Source: Allen et al. 2022 and the NSD data manual.
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from collections.abc import Sequence
@@ -28,7 +27,10 @@ from chasm.data.nsd_facts import (
     TRIALS_PER_SESSION,
     SubjectFacts,
     from_nsd_ids,
+    load_volume,
     read_ctab,
+    read_responses,
+    simulated_file,
     to_nsd_ids,
 )
 from chasm.errors import DataError
@@ -101,7 +103,7 @@ class NSDTree:
     Raises
     ------
     DataError
-        If `root` is not such a folder.
+        If `root` is not such a folder, or is simulated and has lost its SIMULATED.json.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -112,6 +114,22 @@ class NSDTree:
                 "has no folder 'nsddata'",
                 "Give the folder that holds nsddata, nsddata_betas and nsddata_stimuli",
             )
+        told = None if self._marker_path.is_file() else simulated_file(self._files_that_tell())
+        if told is not None:
+            raise DataError(
+                self._marker_path,
+                f"no such file, but {told} says that this tree is simulated",
+                "Put SIMULATED.json back, or simulate again into an empty folder",
+            )
+
+    @property
+    def _marker_path(self) -> Path:
+        return self.root / "SIMULATED.json"
+
+    def _files_that_tell(self) -> list[Path]:
+        """Files that say whether they are simulated: design, stimuli, some betas."""
+        betas = self.root.glob("nsddata_betas/ppdata/*/func1pt8mm/*/betas_session01.hdf5")
+        return [self.design_path, self.stimuli_path, *sorted(betas)]
 
     @property
     def design_path(self) -> Path:
@@ -138,7 +156,7 @@ class NSDTree:
     @cached_property
     def marker(self) -> dict[str, Any] | None:
         """What SIMULATED.json says; None for NSD's own tree."""
-        path = self.root / "SIMULATED.json"
+        path = self._marker_path
         if not path.is_file():
             return None
         try:
@@ -353,15 +371,7 @@ class NSDTree:
         path = self.responses_path(subject)
         if not path.is_file():
             return
-        with path.open(encoding="utf-8", newline="") as stream:
-            rows = csv.DictReader(stream, delimiter="\t")
-            if not {"SESSION", "73KID"} <= set(rows.fieldnames or ()):
-                raise DataError(path, "has no columns SESSION and 73KID", "Fetch it again")
-            try:
-                pairs = [(int(float(r["SESSION"])), int(float(r["73KID"]))) for r in rows]
-            except (TypeError, ValueError) as error:
-                raise DataError(path, f"holds no number ({error})", "Fetch it again") from error
-        table = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+        table = read_responses(path)
         n = self.trials_per_session
         for place, session in enumerate(sessions):
             told = table[table[:, 0] == session, 1] - 1
@@ -370,25 +380,3 @@ class NSDTree:
                 where = f"{path}:73KID"
                 problem = f"differs from nsd_expdesign.mat in session {session}"
                 raise DataError(where, problem, "Fetch both files again, from the same release")
-
-
-def load_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read a NIfTI volume: (X, Y, Z) float32 and its affine (4, 4).
-
-    Raises
-    ------
-    DataError
-        If the file is damaged or has another number of axes.
-    """
-    import zlib
-
-    import nibabel as nib
-
-    try:
-        image: Any = nib.load(path)
-        values = np.asarray(image.dataobj, dtype=np.float32)
-    except (OSError, EOFError, ValueError, zlib.error, nib.filebasedimages.ImageFileError) as error:
-        raise DataError(path, f"not a readable NIfTI file ({error})", "Fetch it again") from error
-    if values.ndim != 3:
-        raise DataError(path, f"shape {values.shape} found, (X, Y, Z) expected", "Fetch it again")
-    return values, np.asarray(image.affine, dtype=np.float64)

@@ -1,14 +1,20 @@
-"""Published facts of the Natural Scenes Dataset: sizes, label tables, how ids are counted.
+"""Published facts of the Natural Scenes Dataset: sizes, label tables, ids; its small files.
 
 Verified against the NSD data manual and the authors' code (Allen et al. 2022).
 """
 
 from __future__ import annotations
 
+import csv
+import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from chasm.errors import DataError
 
 BETA_VERSIONS = ("betas_assumehrf", "betas_fithrf", "betas_fithrf_GLMdenoise_RR")
 BETA_SCALE = 300.0
@@ -89,10 +95,88 @@ def to_nsd_ids(image_ids: np.ndarray) -> np.ndarray:
 
 
 def read_ctab(path: Path) -> dict[int, str]:
-    """Read label names ≥ 1 from a FreeSurfer colour table: number, name, colours."""
+    """Read label names ≥ 1 from a FreeSurfer colour table: number, name, colours.
+
+    Raises
+    ------
+    DataError
+        If the file is no text.
+    """
     names = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (UnicodeDecodeError, OSError) as error:
+        raise DataError(
+            path, f"not a readable label table ({error})", "Fetch it again, or remove it"
+        ) from error
+    for line in lines:
         parts = line.split()
         if len(parts) >= 2 and parts[0].isdecimal() and int(parts[0]) > 0:
             names[int(parts[0])] = parts[1]
     return names
+
+
+def read_responses(path: Path) -> np.ndarray:
+    """Read responses.tsv: (trials, 2) int64, the session and NSD's 1-based 73k id of each trial.
+
+    Raises
+    ------
+    DataError
+        If the file is no text, or a column is missing or holds no numbers.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as stream:
+            reader = csv.DictReader(stream, delimiter="\t")
+            columns, rows = reader.fieldnames, list(reader)
+    except (UnicodeDecodeError, csv.Error, OSError) as error:
+        raise DataError(path, f"not a readable table ({error})", "Fetch it again") from error
+    if not {"SESSION", "73KID"} <= set(columns or ()):
+        raise DataError(path, "has no columns SESSION and 73KID", "Fetch it again")
+    try:
+        pairs = [(int(float(r["SESSION"])), int(float(r["73KID"]))) for r in rows]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError(path, f"holds no number ({error})", "Fetch it again") from error
+    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
+
+
+def simulated_file(paths: Iterable[Path]) -> Path | None:
+    """Find the first file that says of itself that it is simulated.
+
+    A design file says it in its header, an HDF5 file by its attribute ``simulated``. Files that
+    are missing or damaged say nothing; whoever reads them names the damage.
+    """
+    import h5py
+
+    for path in paths:
+        try:
+            if path.suffix == ".mat":
+                with path.open("rb") as stream:
+                    told = b"simulated" in stream.read(116)
+            else:
+                with h5py.File(path, "r", locking=False) as file:
+                    told = bool(file.attrs.get("simulated", False))
+        except OSError:
+            continue
+        if told:
+            return path
+    return None
+
+
+def load_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read a NIfTI volume: (X, Y, Z) float32 and its affine (4, 4).
+
+    Raises
+    ------
+    DataError
+        If the file is damaged or has another number of axes.
+    """
+    import nibabel as nib
+
+    try:
+        image: Any = nib.load(path)
+        values = np.asarray(image.dataobj, dtype=np.float32)
+    except (OSError, EOFError, ValueError, zlib.error, nib.filebasedimages.ImageFileError) as error:
+        raise DataError(path, f"not a readable NIfTI file ({error})", "Fetch it again") from error
+    if values.ndim != 3:
+        raise DataError(path, f"shape {values.shape} found, (X, Y, Z) expected", "Fetch it again")
+    return values, np.asarray(image.affine, dtype=np.float64)

@@ -18,7 +18,7 @@ from chasm.data.beta_files import RowFile, check_session, read_session
 from chasm.data.images import FINGERPRINT_IMAGES, Hdf5Images
 from chasm.data.nsd import BETA_SCALE, NSDTree, RoiVolume, load_volume
 from chasm.data.store import session_statistics
-from chasm.data.store_format import file_facts, signature, store_signature
+from chasm.data.store_format import file_facts, is_current, signature
 from chasm.data.store_writer import StoreWriter
 from chasm.errors import ConfigError, DataError
 from chasm.noise_ceiling import RepeatAccumulator, ncsnr_from_variances, repeat_groups
@@ -73,11 +73,13 @@ def prepare_nsd(
     subject
         1 to 8.
     out
-        The store to write, e.g. ``subj01.h5``. Returns at once when it is current.
+        The store to write. Returns at once when it is current; one of the same subject, version
+        and tree is made anew when its inputs or options have changed.
     version
         Which betas, NSD's folder name.
     mask
-        ROI atlas whose labelled voxels are kept; of ``nsdgeneral``, label 1.
+        ROI atlas that selects the voxels: ``nsdgeneral`` those of label 1, any other atlas
+        those of labels ≥ 1.
     sessions
         Session numbers, 1-based; default: all whose betas are present.
     overwrite
@@ -91,13 +93,14 @@ def prepare_nsd(
     Raises
     ------
     DataError
-        If a file is missing, damaged or of another form; the message names it, the field and
-        the remedy, and nothing is written.
+        If a file is missing, damaged or of another form. Nothing is written then.
+    StoreError
+        If the store at `out` is of another data set, subject, beta version or tree.
     """
     out = Path(out)
     plan, roi = _plan(NSDTree(tree), subject, version, mask, sessions)
     made_from = _signature(plan, mask, roi)
-    if not overwrite and store_signature(out) == made_from:
+    if not overwrite and is_current(out, made_from, _identity(plan)):
         log.info("%s is current", out)
         return out
     for path in plan.files.values():
@@ -123,10 +126,11 @@ def _plan(
     volume = tree.roi(subject, mask)
     wanted = volume.labels == 1 if mask == "nsdgeneral" else volume.labels >= 1
     if not wanted.any():
+        rule = "label 1" if mask == "nsdgeneral" else "a label ≥ 1"
         raise DataError(
             tree.roi_folder(subject) / f"{mask}.nii.gz",
-            f"no voxel has label 1 (labels: {np.unique(volume.labels)[:8].tolist()})",
-            "Use a mask with −1 outside cortex, 0 unlabelled and 1 inside, or another --mask",
+            f"no voxel has {rule} (labels: {np.unique(volume.labels)[:8].tolist()})",
+            "nsdgeneral keeps label 1, other atlases labels ≥ 1: mend it, or use another --mask",
         )
     roi = {atlas: tree.roi(subject, atlas) for atlas in tree.atlases(subject)}
     for atlas, found in roi.items():
@@ -205,6 +209,18 @@ def _signature(plan: _Plan, mask: str, roi: dict[str, RoiVolume]) -> str:
     )
 
 
+def _identity(plan: _Plan) -> dict[str, str]:
+    """Root attributes that say of what the store is."""
+    simulated = plan.tree.is_simulated
+    return {
+        "subject": f"subj{plan.subject:02d}",
+        "dataset": "simulated-nsd" if simulated else "nsd",
+        "source": "simulated" if simulated else "nsd",
+        "beta_version": plan.version,
+        "source_path": str(plan.tree.root),
+    }
+
+
 def _stage(plan: _Plan, staged: RowFile) -> tuple[np.ndarray, np.ndarray]:
     """Copy every session's masked betas to disk; find voxels that cannot be used.
 
@@ -246,8 +262,7 @@ def _write(
     made_from: str,
     out: Path,
 ) -> None:
-    tree, table = plan.tree, _image_table(plan)
-    n_trials, sessions = len(plan.image_ids), list(plan.files)
+    tree, sessions, n_trials = plan.tree, list(plan.files), len(plan.image_ids)
     with StoreWriter(
         out, n_trials=n_trials, n_voxels=int(keep.sum()), dtype=np.int16, scale=BETA_SCALE
     ) as writer:
@@ -270,16 +285,12 @@ def _write(
         _write_voxels(plan, staged, keep, statistics["all"], counts, writer)
         for atlas, volume in roi.items():
             writer.write_roi(atlas, volume.labels[plan.mask][keep], volume.names)
-        writer.write_images(*table, plan.images)
+        writer.write_images(*_image_table(plan), plan.images)
         writer.write_attributes(
             affine=plan.affine,
             volume_shape=plan.mask.shape,
-            subject=f"subj{plan.subject:02d}",
-            dataset="simulated-nsd" if tree.is_simulated else "nsd",
-            source="simulated" if tree.is_simulated else "nsd",
-            beta_version=plan.version,
             source_signature=made_from,
-            source_path=str(tree.root),
+            **_identity(plan),
         )
 
 

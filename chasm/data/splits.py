@@ -165,9 +165,9 @@ def few_shot(split: Split, n: int, seed: int) -> Split:
 def training_statistics(store: SubjectStore, split: Split) -> tuple[np.ndarray, np.ndarray]:
     """Session statistics that no validation or test trial has touched.
 
-    The store's own train statistics are used when their images are all outside validation and
-    test (the clean split; the seeded split of an array store); else they are computed from the
-    trials of the split's train images.
+    The store's own train statistics are used when they come from exactly the split's train
+    images (the clean split; the seeded split of an array store); else, also for a few-shot
+    subset, they are computed from the trials of the split's train images.
 
     Returns
     -------
@@ -179,8 +179,7 @@ def training_statistics(store: SubjectStore, split: Split) -> tuple[np.ndarray, 
     DataError
         If a session has too few train trials, or a voxel does not vary over them.
     """
-    held_out = np.concatenate([split.validation, split.test])
-    if not np.isin(store.normalisation_image_ids, held_out).any():
+    if np.array_equal(np.unique(store.normalisation_image_ids), split.train):
         return store.normalisation("train")
     use = store.trials["image_id"].isin(split.train).to_numpy()
     mean, std = session_statistics(store.betas, store.session_index, use, store.scale)

@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import h5py
 import numpy as np
 
 from chasm.data.store_format import (
@@ -21,6 +20,7 @@ from chasm.data.store_format import (
     NORMALISATIONS,
     TRIAL_FIELDS,
     VOXEL_FIELDS,
+    open_hdf5,
     validate,
 )
 from chasm.errors import DataError, StoreError
@@ -116,12 +116,12 @@ class SubjectStore:
         path = Path(path).resolve()
         if not path.is_file():
             raise StoreError(path, "no such file", "Make it with `chasm prepare`")
-        try:
-            with h5py.File(path, "r") as file:
+        with open_hdf5(path, AGAIN, StoreError) as file:
+            try:
                 attributes, layout = validate(path, file)
-        except OSError as error:
-            line = str(error).splitlines()[0]
-            raise StoreError(path, f"not a readable HDF5 file ({line})", AGAIN) from error
+            except OSError as error:
+                line = str(error).splitlines()[0]
+                raise StoreError(path, f"is damaged or truncated ({line})", AGAIN) from error
         return cls(path, attributes, layout)
 
     def __repr__(self) -> str:
@@ -166,7 +166,7 @@ class SubjectStore:
     @cached_property
     def rois(self) -> dict[str, RoiAtlas]:
         """Atlas name → labels on the voxels and their names."""
-        with h5py.File(self.path, "r") as file:
+        with open_hdf5(self.path, AGAIN, StoreError) as file:
             return {
                 atlas: RoiAtlas(
                     group["labels"][:],
@@ -178,7 +178,7 @@ class SubjectStore:
     @cached_property
     def images(self) -> ImageTable:
         """The images that have trials here."""
-        with h5py.File(self.path, "r") as file:
+        with open_hdf5(self.path, AGAIN, StoreError) as file:
             group = file["images"]
             return ImageTable(group["ids"][:], group["shared"][:], group["special"][:])
 
@@ -241,14 +241,14 @@ class SubjectStore:
             raise DataError(
                 f"{self.path}:/normalisation/{which}", "no such statistics", "Use train or all"
             )
-        with h5py.File(self.path, "r") as file:
+        with open_hdf5(self.path, AGAIN, StoreError) as file:
             group = file[f"normalisation/{which}"]
             return group["mean"][:], group["std"][:]
 
     @property
     def normalisation_image_ids(self) -> np.ndarray:
         """Ids of the images behind ``normalisation("train")``: (images,) int64."""
-        with h5py.File(self.path, "r") as file:
+        with open_hdf5(self.path, AGAIN, StoreError) as file:
             return file["normalisation/train/image_ids"][:]
 
     def zscore(self, trials: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
@@ -289,7 +289,7 @@ class SubjectStore:
         """
         from chasm.data.images import open_images
 
-        with h5py.File(self.path, "r") as file:
+        with open_hdf5(self.path, AGAIN, StoreError) as file:
             info = {key: file["images"].attrs[key] for key in file["images"].attrs}
         place = Path(path or info["path"])
         where = f"{self.path}:/images"
@@ -303,7 +303,7 @@ class SubjectStore:
     @property
     def image_fingerprint(self) -> str:
         """Fingerprint of the image source, as recorded when the store was made."""
-        with h5py.File(self.path, "r") as file:
+        with open_hdf5(self.path, AGAIN, StoreError) as file:
             return str(file["images"].attrs["fingerprint"])
 
     def coordinates(self) -> np.ndarray | None:
@@ -348,7 +348,7 @@ class SubjectStore:
     def _frame(self, group: str, fields: Sequence[str]) -> pd.DataFrame:
         import pandas as pd
 
-        with h5py.File(self.path, "r") as file:
+        with open_hdf5(self.path, AGAIN, StoreError) as file:
             return pd.DataFrame({name: file[group][name][:] for name in fields})
 
 

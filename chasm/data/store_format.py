@@ -1,19 +1,21 @@
-"""The subject store's format: fields, validation, and the signature of what a store is made of.
+"""The subject store's format: fields, validation, and what says of which inputs a store is made.
 
 docs/data-format.md describes the same fields in words.
 """
 
 from __future__ import annotations
 
-import hashlib
+import time
+from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
-from chasm.errors import StoreError
-from chasm.io import digest
+from chasm.errors import DataError, StoreError
+from chasm.io import digest, sha256_of_file
 
 FORMAT = "chasm-subject-store"
 FORMAT_VERSION = 1
@@ -22,34 +24,109 @@ VOXEL_FIELDS = ("i", "j", "k", "x", "y", "z", "ncsnr", "ncsnr_published")
 NORMALISATIONS = ("train", "all")
 ROOT_FIELDS = ("subject", "dataset", "source", "beta_version", "affine", "volume_shape")
 AGAIN = "Prepare the store again with `chasm prepare`"
+ELSEWHERE = "Give another --out or dataset folder, or replace it with `chasm prepare --overwrite`"
 
 
-def store_signature(path: Path) -> str | None:
-    """Return the signature of the inputs that made the store, None when there is no file.
+def open_hdf5(path: Path, remedy: str, kind: type[DataError] = DataError) -> h5py.File:
+    """Open an HDF5 file for reading, without a lock: read-only and network disks may have none.
+
+    Parameters
+    ----------
+    path
+        The file.
+    remedy
+        What to do when its content is damaged.
+    kind
+        The error to raise.
+
+    Raises
+    ------
+    DataError
+        If the file may not be read, is being written, or is damaged; of class `kind`.
+    """
+    try:
+        return h5py.File(path, "r", locking=False)
+    except PermissionError as error:
+        raise kind(path, "may not be read by you (permission denied)", "Allow reading") from error
+    except BlockingIOError as error:
+        raise kind(
+            path, "is locked by another program", "Wait until nothing writes to this file"
+        ) from error
+    except FileNotFoundError as error:
+        raise kind(path, "no such file", remedy) from error
+    except OSError as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise kind(path, f"is damaged or truncated, or no HDF5 file ({line})", remedy) from error
+
+
+def is_current(path: Path, made_from: str, identity: Mapping[str, str]) -> bool:
+    """Say whether a store was made from these inputs, and guard it against those of another.
+
+    Parameters
+    ----------
+    path
+        The store, there or not.
+    made_from
+        `signature` of the inputs.
+    identity
+        What the store is of: root attributes, and ``images/path`` where that belongs to it.
+
+    Returns
+    -------
+    bool
+        False if there is no store, or one of the same identity whose inputs have changed.
 
     Raises
     ------
     StoreError
-        If something else than a subject store stands there.
+        If something else stands there: no subject store, or one of another identity.
     """
     if not path.exists():
-        return None
+        return False
     try:
-        with h5py.File(path, "r") as file:
-            if file.attrs.get("format") == FORMAT:
-                return str(file.attrs.get("source_signature", ""))
-    except OSError:
-        pass
-    raise StoreError(
-        path, "exists and is not a subject store", "Give another output file, or --overwrite"
-    )
+        with open_hdf5(path, ELSEWHERE, StoreError) as file:
+            is_store = file.attrs.get("format") == FORMAT
+            if is_store and file.attrs.get("source_signature") == made_from:
+                return True
+            held = {name: _identity_field(file, name) for name in identity}
+    except StoreError as error:
+        if isinstance(error.__cause__, PermissionError | BlockingIOError):
+            raise
+        is_store = False
+    if not is_store:
+        raise StoreError(path, "exists and is not a subject store", ELSEWHERE)
+    different = [name for name, value in identity.items() if held[name] != value]
+    if different:
+        found = ", ".join(f"{name} {held[name] or 'none'}" for name in held)
+        wanted = ", ".join(f"{name} {identity[name]}" for name in different)
+        raise StoreError(path, f"holds another store ({found}), not {wanted}", ELSEWHERE)
+    return False
+
+
+def _identity_field(file: h5py.File, name: str) -> str:
+    group, _, field = name.rpartition("/")
+    holder = file.get(group) if group else file
+    return "" if holder is None else str(holder.attrs.get(field, ""))
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file; a file of the same size and time is not read twice in this process."""
+    stat = path.stat()
+    if time.time() - stat.st_mtime < 2:  # it may change again without another time
+        return sha256_of_file(path)
+    return _content_hash(str(path), stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=1 << 17)
+def _content_hash(path: str, size: int, changed_ns: int) -> str:
+    return sha256_of_file(path)
 
 
 def file_facts(path: Path, content_below: int = 16 << 20) -> list[Any]:
     """Describe a file for a signature: content if it is small, else size and time of change."""
     stat = path.stat()
     if stat.st_size < content_below:
-        return [path.name, hashlib.sha256(path.read_bytes()).hexdigest()]
+        return [path.name, content_hash(path)]
     return [path.name, stat.st_size, stat.st_mtime_ns]
 
 
@@ -103,7 +180,9 @@ def validate(path: Path, file: h5py.File) -> tuple[dict[str, Any], dict[str, Any
         for name in ("mean", "std"):
             _dataset(path, file, f"normalisation/{which}/{name}", (sessions, n_voxels))
     _dataset(path, file, "normalisation/train/image_ids", None)
-    for atlas in _dataset(path, file, "rois", None):
+    if not isinstance(file.get("rois"), h5py.Group):
+        raise StoreError(f"{path}:/rois", "is missing, or not a group", AGAIN)
+    for atlas in file["rois"]:
         labels = _dataset(path, file, f"rois/{atlas}/labels", (n_voxels,))
         if "names" not in labels.parent.attrs:
             raise StoreError(f"{path}:/rois/{atlas}", "has no label names", AGAIN)
@@ -132,9 +211,11 @@ def _validate_images(path: Path, file: h5py.File) -> None:
 
 
 def _dataset(path: Path, file: h5py.File, name: str, shape: tuple[int, ...] | None) -> Any:
-    if name not in file:
+    found = file.get(name)
+    if found is None:
         raise StoreError(f"{path}:/{name}", "is missing", AGAIN)
-    found = file[name]
+    if not isinstance(found, h5py.Dataset):
+        raise StoreError(f"{path}:/{name}", "is a group where a dataset is expected", AGAIN)
     if shape is not None and tuple(found.shape) != tuple(shape):
         raise StoreError(f"{path}:/{name}", f"shape {found.shape} found, {shape} expected", AGAIN)
     return found

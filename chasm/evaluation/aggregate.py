@@ -193,7 +193,8 @@ def ceiling_tables(target: ScoredTarget, counts: FloatArray) -> tuple[RegionTabl
     """Scores of the best possible prediction, and their resamples.
 
     The ceilings per unit come from the ncsnr and do not depend on which test images are drawn;
-    the pattern ceiling comes from the repeats of the test images and does.
+    the pattern ceiling comes from the repeats of the test images and does. The smallest squared
+    error is the noise left in the target: its variance x (1 - noise ceiling), for each unit.
     """
     weights = weight_matrix(target.regions)
     n_regions = len(target.regions)
@@ -204,6 +205,8 @@ def ceiling_tables(target: ScoredTarget, counts: FloatArray) -> tuple[RegionTabl
     point["voxelwise_correlation_mean"] = weighted_mean(root, weights)
     point["voxelwise_correlation_median"] = _medians(root, target.regions)
     point["r2"] = weighted_mean(ceiling, weights)
+    variance = np.var(np.asarray(target.values, dtype=np.float64), axis=0)
+    point["mse"] = weighted_mean(variance * (1 - ceiling), weights)
     known = np.isfinite(point["r2"]) & (point["r2"] > 0)
     for key in ("noise_normalised_r2", "noise_normalised_signed_r2"):
         point[key] = np.where(known, 1.0, np.nan)

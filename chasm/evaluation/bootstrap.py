@@ -12,7 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from chasm.errors import ConfigError
+
 FloatArray = NDArray[np.floating[Any]]
+
+MIN_RESAMPLES = 100
+"""Fewest resamples that 95 % intervals are read from."""
 
 _DUST = 1e-12
 """Variance, relative to the second moment, below which a resampled unit is constant."""
@@ -24,6 +29,22 @@ class UnitScores(NamedTuple):
     correlation: FloatArray
     r2: FloatArray
     squared_error: FloatArray
+
+
+def check_resamples(n_boot: int) -> None:
+    """Refuse a number of resamples that gives no usable interval.
+
+    Raises
+    ------
+    ConfigError
+        If it is negative, or above 0 and below `MIN_RESAMPLES`.
+    """
+    if n_boot < 0 or 0 < n_boot < MIN_RESAMPLES:
+        raise ConfigError(
+            "--n-boot",
+            f"{n_boot} resamples",
+            f"Use 0 for no intervals or at least {MIN_RESAMPLES}.",
+        )
 
 
 def resample_counts(n_images: int, n_boot: int, seed: int) -> NDArray[np.float64]:

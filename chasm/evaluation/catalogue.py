@@ -90,7 +90,7 @@ METRICS: dict[str, MetricFacts] = {
         "Noise-norm. signed r²",
         "The same with the signed squared correlation in place of R²: blind to amplitude and "
         "offset, as in most published noise-normalised scores.",
-        "Slightly above 0 by chance.",
+        "0: by chance as often below as above, because the sign is kept.",
         "1 by construction.",
     ),
     "mse": MetricFacts(
@@ -99,7 +99,8 @@ METRICS: dict[str, MetricFacts] = {
         "Mean squared difference. It means nothing without the variance of the target, which "
         "is printed beside it.",
         "About the variance of the target, for the mean pattern.",
-        "The noise variance of the target.",
+        "The noise left in the target, for each {unit} its variance times (1 − noise ceiling); "
+        "then the mean over {unit}s.",
         higher_is_better=False,
     ),
     "identification_top1": MetricFacts(

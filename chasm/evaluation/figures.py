@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from chasm.errors import DataError
 from chasm.evaluation.catalogue import label_of
-from chasm.evaluation.scores import MAIN_TARGET, Scores
+from chasm.evaluation.predictions import MAIN_TARGET
+from chasm.evaluation.scores import Scores
 
 MODEL_COLOURS = ("#0b5c8a", "#7a3b8f", "#2a7f4f")
 BASELINE_COLOUR = "#d0761b"
@@ -43,17 +44,17 @@ def compared_rows(scores: Scores) -> dict[str, str]:
     """Rows that the figures compare, with their colours: the best baseline and the models."""
     frame = scores.frame[scores.frame["target"] == MAIN_TARGET]
     models = frame.loc[frame["kind"] == "model", "row"].unique()
-    rows = {}
-    best = frame["best_baseline"].iloc[0]
-    if isinstance(best, str):
-        rows[best] = BASELINE_COLOUR
+    rows = {str(frame["best_baseline"].iloc[0]): BASELINE_COLOUR}
     for index, name in enumerate(models):
         rows[name] = MODEL_COLOURS[index % len(MODEL_COLOURS)]
     return rows
 
 
 def region_figure(scores: Scores, metric: str = "noise_normalised_r2") -> Figure | None:
-    """Dots with 95 % intervals for every region, groups first; None when nothing is known."""
+    """Dots with 95 % intervals for every region, groups first; None when nothing is known.
+
+    The regions of each atlas stand together under its name.
+    """
     frame = scores.frame
     rows = compared_rows(scores)
     frame = frame[
@@ -65,13 +66,8 @@ def region_figure(scores: Scores, metric: str = "noise_normalised_r2") -> Figure
     if frame.empty:
         return None
     keys = list(dict.fromkeys(zip(frame["level"], frame["atlas"], frame["region"], strict=True)))
-    heights, labels, y, previous = {}, [], 0.0, None
-    for key in keys:
-        if previous is not None and key[:2] != previous[:2]:
-            y += 0.7
-        heights[key] = y
-        labels.append(key[2])
-        y, previous = y + 1.0, key
+    heights, headings = _region_heights(keys)
+    y = max(heights.values()) + 1.0
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(5.4, 1.1 + 0.27 * y), layout="constrained")
         axes = figure.subplots()
@@ -84,7 +80,20 @@ def region_figure(scores: Scores, metric: str = "noise_normalised_r2") -> Figure
             ]
             axes.hlines(places, part["low"], part["high"], color=colour, lw=1.6, alpha=0.75)
             axes.plot(part["value"], places, "o", color=colour, ms=4.5, label=name)
-        axes.set_yticks(list(heights.values()), labels)
+        axes.set_yticks(list(heights.values()), [region for _, _, region in heights])
+        for atlas, height in headings.items():
+            axes.annotate(
+                atlas,
+                (0, height),
+                (-3.5, 0),
+                xycoords=axes.get_yaxis_transform(),
+                textcoords="offset points",
+                ha="right",
+                va="center",
+                fontsize=8,
+                fontweight="bold",
+                color=GREY,
+            )
         axes.set_ylim(y - 0.3, -0.9)
         axes.axvline(0, color="#9aa0a8", lw=0.8)
         if metric.startswith("noise_normalised"):
@@ -97,6 +106,25 @@ def region_figure(scores: Scores, metric: str = "noise_normalised_r2") -> Figure
         axes.set_xlabel(label_of(metric, scores.info.unit))
         figure.legend(loc="outside upper left", ncols=3, frameon=False)
     return figure
+
+
+def _region_heights(
+    keys: Sequence[tuple[str, str, str]],
+) -> tuple[dict[tuple[str, str, str], float], dict[str, float]]:
+    """Places on the y axis of every (level, atlas, region), and of each atlas' heading."""
+    heights: dict[tuple[str, str, str], float] = {}
+    headings: dict[str, float] = {}
+    y, previous = 0.0, keys[0]
+    for key in keys:
+        level, atlas, _ = key
+        if key[:2] != previous[:2]:
+            y += 0.4
+            if level == "roi":
+                headings[atlas] = y
+                y += 0.9
+        heights[key] = y
+        y, previous = y + 1.0, key
+    return heights, headings
 
 
 def ceiling_figure(scores: Scores) -> Figure | None:

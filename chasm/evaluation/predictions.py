@@ -6,8 +6,9 @@ One HDF5 file per test run, whole or absent::
     /target (images, units)                          mean over repeats of the z-scored betas
     /train_mean (units,)                             mean of the target over the train images
     /repeat_targets (images, repeats, units)         optional, NaN where a repeat is missing
-    /predictions/<row> (images, units)               attrs kind, n_parameters, details (JSON)
+    /predictions/<row> (images, units)               attrs kind, n_parameters, trained_on, details
     /targets/<name>/{values, train_mean[, ncsnr]}    optional, other targets of the same trials
+    /targets/<name>/predictions/<row>                optional, the row as fitted to that target
     /units/{size, ncsnr, position}                   voxels per unit, ncsnr, mm (NaN: unknown)
     /membership/<atlas> (units, labels)              voxels of each unit in each ROI, attr names
     /gate (images, 1 | units, 2)                     optional, weights of global and local stream
@@ -31,6 +32,9 @@ from chasm.io import atomic_path
 FORMAT = "chasm-predictions"
 FORMAT_VERSION = 1
 
+MAIN_TARGET = "target"
+"""Name of the target that every row is scored against first."""
+
 RESERVED_ROWS = ("mean pattern", "noise ceiling")
 """Rows that are computed from the file itself, for each of its targets."""
 
@@ -50,13 +54,16 @@ class PredictionRow:
     n_parameters
         Trained parameters, None when unknown.
     details
-        JSON-serialisable facts (spaces, penalties, checkpoint, the target it was trained on).
+        JSON-serialisable facts (spaces, penalties, checkpoint).
+    trained_on
+        Target that it was fitted to: `MAIN_TARGET`, or the name of another one.
     """
 
     values: FloatArray
     kind: Literal["model", "baseline"]
     n_parameters: int | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
+    trained_on: str = MAIN_TARGET
 
 
 @dataclass(frozen=True)
@@ -71,11 +78,15 @@ class AlternativeTarget:
         (units,), mean of this target over the train images.
     ncsnr
         (units,), None when it is not known for this target; then nothing is divided by it.
+    rows
+        Rows that were fitted to this target; here they replace the file's rows of the same
+        name. The other rows are scored as they are.
     """
 
     values: FloatArray
     train_mean: FloatArray
     ncsnr: FloatArray | None = None
+    rows: Mapping[str, PredictionRow] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -161,7 +172,7 @@ class PredictionFile:
     ------
     DataError
         If a shape does not fit, a target or a prediction is not finite, an image occurs twice,
-        or a row has a reserved name.
+        a row has a reserved name, or a target's own row replaces none.
     """
 
     image_id: NDArray[np.int64]
@@ -198,6 +209,15 @@ class PredictionFile:
         for name, other in self.targets.items():
             self._check_values(f"targets/{name}/values", other.values, (n_images, n_units))
             self._check_values(f"targets/{name}/train_mean", other.train_mean, (n_units,))
+            for row_name, row in other.rows.items():
+                where = f"targets/{name}/predictions/{row_name}"
+                if row_name not in self.rows:
+                    raise self._error(
+                        where,
+                        "there is no row of this name to replace",
+                        f"Use one of: {', '.join(self.rows)}.",
+                    )
+                self._check_values(where, row.values, (n_images, n_units))
         self._check_shape("units/size", self.units.size, (n_units,))
         self._check_shape("units/ncsnr", self.units.ncsnr, (n_units,))
         self._check_shape("units/position", self.units.position, (n_units, 3))
@@ -249,20 +269,13 @@ class PredictionFile:
             for name in ("target", "train_mean", "repeat_targets", "gate"):
                 if getattr(self, name) is not None:
                     file[name] = np.asarray(getattr(self, name), dtype=np.float32)
-            file.create_group("predictions")
-            for index, (name, row) in enumerate(self.rows.items()):
-                dataset = file.create_dataset(
-                    f"predictions/{name}", data=np.asarray(row.values, dtype=np.float32)
-                )
-                dataset.attrs["order"] = index
-                dataset.attrs["kind"] = row.kind
-                dataset.attrs["n_parameters"] = -1 if row.n_parameters is None else row.n_parameters
-                dataset.attrs["details"] = json.dumps(dict(row.details))
+            _write_rows(file, self.rows)
             for name, other in self.targets.items():
                 group = file.create_group(f"targets/{name}")
                 for key in ("values", "train_mean", "ncsnr"):
                     if getattr(other, key) is not None:
                         group[key] = np.asarray(getattr(other, key), dtype=np.float32)
+                _write_rows(group, other.rows)
             file["units/size"] = np.asarray(self.units.size, dtype=np.int64)
             file["units/ncsnr"] = np.asarray(self.units.ncsnr, dtype=np.float32)
             file["units/position"] = np.asarray(self.units.position, dtype=np.float32)
@@ -297,15 +310,23 @@ class PredictionFile:
                         "Update chasm.",
                     )
                 return cls(**_read_fields(file), where=str(path))
-        except (OSError, KeyError, json.JSONDecodeError) as error:
+        except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise DataError(path, f"damaged or incomplete ({error})", remedy) from error
 
 
-def _read_fields(file: h5py.File) -> dict[str, Any]:
-    attributes = {name: file.attrs[name] for name in RunInfo.__dataclass_fields__}
-    attributes["simulated"] = bool(attributes["simulated"])
-    attributes["fingerprints"] = json.loads(attributes["fingerprints"])
-    datasets = sorted(file["predictions"].items(), key=lambda item: item[1].attrs["order"])
+def _write_rows(group: h5py.Group, rows: Mapping[str, PredictionRow]) -> None:
+    folder = group.create_group("predictions")
+    for index, (name, row) in enumerate(rows.items()):
+        dataset = folder.create_dataset(name, data=np.asarray(row.values, dtype=np.float32))
+        dataset.attrs["order"] = index
+        dataset.attrs["kind"] = row.kind
+        dataset.attrs["n_parameters"] = -1 if row.n_parameters is None else row.n_parameters
+        dataset.attrs["trained_on"] = row.trained_on
+        dataset.attrs["details"] = json.dumps(dict(row.details))
+
+
+def _read_rows(group: h5py.Group) -> dict[str, PredictionRow]:
+    datasets = sorted(group["predictions"].items(), key=lambda item: item[1].attrs["order"])
     rows = {}
     for name, data in datasets:
         count = int(data.attrs["n_parameters"])
@@ -314,11 +335,21 @@ def _read_fields(file: h5py.File) -> dict[str, Any]:
             data.attrs["kind"],
             None if count < 0 else count,
             json.loads(data.attrs["details"]),
+            data.attrs["trained_on"],
         )
-    targets = {
-        name: AlternativeTarget(**{key: data[:] for key, data in group.items()})
-        for name, group in file.get("targets", {}).items()
-    }
+    return rows
+
+
+def _read_target(group: h5py.Group) -> AlternativeTarget:
+    ncsnr = group["ncsnr"][:] if "ncsnr" in group else None
+    return AlternativeTarget(group["values"][:], group["train_mean"][:], ncsnr, _read_rows(group))
+
+
+def _read_fields(file: h5py.File) -> dict[str, Any]:
+    attributes = {name: file.attrs[name] for name in RunInfo.__dataclass_fields__}
+    attributes["simulated"] = bool(attributes["simulated"])
+    attributes["fingerprints"] = json.loads(attributes["fingerprints"])
+    targets = {name: _read_target(group) for name, group in file.get("targets", {}).items()}
     membership = {
         name: Membership(data[:], tuple(json.loads(data.attrs["names"])))
         for name, data in file.get("membership", {}).items()
@@ -328,7 +359,7 @@ def _read_fields(file: h5py.File) -> dict[str, Any]:
     units = Units(**{name: file[f"units/{name}"][:] for name in Units.__dataclass_fields__})
     return {
         **fields,
-        "rows": rows,
+        "rows": _read_rows(file),
         "targets": targets,
         "membership": membership,
         "units": units,

@@ -15,6 +15,9 @@ from chasm.evaluation.predictions import Membership, Units
 FloatArray = NDArray[np.floating[Any]]
 Level = Literal["all", "group", "roi"]
 
+MASK_ATLAS = "nsdgeneral"
+"""Atlas that NSD's voxels are usually chosen with."""
+
 MIN_PATTERN_UNITS = 10
 """Fewest units over which a pattern correlation is computed."""
 
@@ -58,7 +61,8 @@ class Region:
 def make_regions(units: Units, membership: Mapping[str, Membership]) -> tuple[Region, ...]:
     """List all units, then Early / Mid / Higher, then every ROI that holds a voxel.
 
-    The groups are sums of ROIs of the `streams` atlas and absent without it.
+    The groups are sums of ROIs of the `streams` atlas and absent without it. The atlas
+    `MASK_ATLAS` is left out where it holds every voxel, that is where it was the mask.
     """
     size = np.asarray(units.size, dtype=np.float64)
     regions = [Region("all", "all", "", size, np.arange(len(size)))]
@@ -69,6 +73,8 @@ def make_regions(units: Units, membership: Mapping[str, Membership]) -> tuple[Re
             counts = streams.counts[:, columns].sum(axis=1)
             regions.append(_region(name, "group", "streams", counts, size))
     for atlas, table in membership.items():
+        if atlas == MASK_ATLAS and np.array_equal(table.counts.sum(axis=1), size):
+            continue
         for column, name in enumerate(table.names):
             regions.append(_region(name, "roi", atlas, table.counts[:, column], size))
     return tuple(region for region in regions if region.n_voxels > 0)

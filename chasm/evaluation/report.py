@@ -16,10 +16,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from chasm.evaluation import figures, tables
+from chasm.evaluation.bootstrap import check_resamples
 from chasm.evaluation.catalogue import METRICS, ROI_METRICS, fill_unit
-from chasm.evaluation.predictions import PredictionFile
-from chasm.evaluation.scores import MAIN_TARGET, Scores, score
-from chasm.io import atomic_path, sha256_of_file, write_json, write_text
+from chasm.evaluation.predictions import MAIN_TARGET, PredictionFile, PredictionRow
+from chasm.evaluation.scores import Scores, score
+from chasm.io import atomic_path, digest, sha256_of_file, write_json, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +42,8 @@ def evaluate(
 ) -> Scores:
     """Score a predictions file and write ``scores.csv``, ``table.md`` and ``report.html``.
 
-    Files that were made from this very predictions file with the same bootstrap stay as they
-    are.
+    Files that were made from this very predictions file, with the same bootstrap, curves and
+    provenance, stay as they are.
 
     Parameters
     ----------
@@ -61,11 +62,20 @@ def evaluate(
     -------
     Scores
         For `chasm.evaluation.tables.show`.
+
+    Raises
+    ------
+    ConfigError
+        If `n_boot` is negative or between 1 and 99.
+    DataError
+        If a file cannot be read.
     """
+    check_resamples(n_boot)
     file = PredictionFile.read(predictions)
     scores = score(file, n_boot=n_boot, seed=seed)
     out_dir = Path(out_dir)
-    if not fresh and is_current(predictions, out_dir, n_boot, seed):
+    signature = _signature(predictions, n_boot, seed, metrics_csv, provenance, volume is not None)
+    if not fresh and is_current(out_dir, signature):
         logger.info("the report is current: %s", out_dir / "report.html")
         return scores
     write_report(
@@ -79,22 +89,35 @@ def evaluate(
     )
     write_text(out_dir / "table.md", tables.markdown(scores))
     write_csv(scores, out_dir / "scores.csv")
-    write_json(out_dir / "scores.json", _signature(predictions, n_boot, seed))
+    write_json(out_dir / "scores.json", signature)
     return scores
 
 
-def is_current(predictions: Path, out_dir: Path, n_boot: int = 2000, seed: int = 0) -> bool:
-    """Whether `evaluate` has already written everything for this very file and bootstrap."""
-    out_dir = Path(out_dir)
+def is_current(out_dir: Path, signature: Mapping[str, Any]) -> bool:
+    """Whether `evaluate` has already written everything from the inputs of this signature."""
     if not all((out_dir / name).is_file() for name in FILES):
         return False
-    found = json.loads((out_dir / "scores.json").read_text(encoding="utf-8"))
-    return bool(found == _signature(predictions, n_boot, seed))
+    try:
+        found = json.loads((out_dir / "scores.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return bool(found == signature)
 
 
-def _signature(predictions: Path, n_boot: int, seed: int) -> dict[str, Any]:
+def _signature(
+    predictions: Path,
+    n_boot: int,
+    seed: int,
+    metrics_csv: Path | None,
+    provenance: Mapping[str, Any] | None,
+    with_maps: bool,
+) -> dict[str, Any]:
+    """Everything that the written files depend on, as JSON values."""
     return {
         "predictions_sha256": sha256_of_file(predictions),
+        "metrics_sha256": None if metrics_csv is None else sha256_of_file(metrics_csv),
+        "provenance": digest(provenance),
+        "maps": with_maps,
         "n_boot": n_boot,
         "seed": seed,
         "chasm": metadata.version("chasm-fmri"),
@@ -220,10 +243,9 @@ def summary(scores: Scores) -> list[str]:
         label = str(name)[:1].upper() + str(name)[1:]
         text = f"{label} explains {_percent(line['value'])} of the {what}"
         text += _percent_interval(line["low"], line["high"]) + "."
-        if isinstance(best, str):
-            text += f" The best baseline, {best}, explains {_percent(float(table['value'][best]))}"
-            text += f"; the difference is {100 * line['difference']:+.1f} points"
-            text += _verdict(line["difference_low"], line["difference_high"])
+        text += f" The best baseline, {best}, explains {_percent(float(table['value'][best]))}"
+        text += f"; the difference is {100 * line['difference']:+.1f} points"
+        text += _verdict(line["difference_low"], line["difference_high"])
         sentences.append(text)
     return sentences
 
@@ -272,15 +294,18 @@ def _maps(scores: Scores, volume: figures.Volume, background: Any) -> list[dict[
 
 
 def _row_facts(file: PredictionFile) -> list[dict[str, str]]:
-    return [
-        {
-            "name": name,
-            "kind": row.kind,
-            "parameters": "–" if row.n_parameters is None else f"{row.n_parameters:,}",
-            "details": "; ".join(f"{key}: {_plain(value)}" for key, value in row.details.items()),
-        }
-        for name, row in file.rows.items()
-    ]
+    own = [item for other in file.targets.values() for item in other.rows.items()]
+    return [_facts_of(name, row, file.info.unit) for name, row in [*file.rows.items(), *own]]
+
+
+def _facts_of(name: str, row: PredictionRow, unit: str) -> dict[str, str]:
+    return {
+        "name": name,
+        "kind": row.kind,
+        "trained_on": tables.target_name(row.trained_on, unit),
+        "parameters": "–" if row.n_parameters is None else f"{row.n_parameters:,}",
+        "details": "; ".join(f"{key}: {_plain(value)}" for key, value in row.details.items()),
+    }
 
 
 def _plain(value: Any) -> str:

@@ -19,15 +19,19 @@ from chasm.evaluation.aggregate import (
     point_table,
     unit_scores_of,
 )
-from chasm.evaluation.bootstrap import UnitScores, interval, resample_counts
+from chasm.evaluation.bootstrap import (
+    UnitScores,
+    check_resamples,
+    interval,
+    resample_counts,
+)
 from chasm.evaluation.catalogue import METRICS
-from chasm.evaluation.predictions import PredictionFile, PredictionRow, RunInfo
+from chasm.evaluation.predictions import MAIN_TARGET, PredictionFile, PredictionRow, RunInfo
 from chasm.evaluation.regions import Region, make_regions, weight_matrix, weighted_mean
 from chasm.noise_ceiling import noise_ceiling
 
 FloatArray = NDArray[np.floating[Any]]
 
-MAIN_TARGET = "target"
 MEAN_PATTERN, NOISE_CEILING = "mean pattern", "noise ceiling"
 
 
@@ -44,7 +48,7 @@ class Scores:
     regions
         The regions scored, in order.
     unit_r2, unit_correlation
-        Per row, (units,), against the main target.
+        Per row, the mean pattern among them, (units,), against the main target.
     unit_ceiling
         (units,), noise ceiling in r² units; NaN where unknown.
     n_images, n_boot, seed
@@ -83,16 +87,28 @@ def score(
     -------
     Scores
         Columns of the frame: target, row, kind (``reference``, ``baseline``, ``model``,
-        ``ceiling``), n_parameters, metric, level, atlas, region, n_units, n_voxels, mean_nc,
-        target_variance, value, low, high (95 % percentile interval over images), left_out
-        (units or images without a value), best_baseline, difference, difference_low,
-        difference_high (row minus the best baseline on the same resamples).
+        ``ceiling``), trained_on (the target a row was fitted to), n_parameters, metric, level,
+        atlas, region, n_units, n_voxels, mean_nc, target_variance, value, low, high (95 %
+        percentile interval over images), left_out (units or images without a value),
+        best_baseline (see `best_baseline`), difference, difference_low, difference_high (row
+        minus the best baseline on the same resamples).
+
+    Raises
+    ------
+    ConfigError
+        If `n_boot` is negative or between 1 and 99.
     """
+    check_resamples(n_boot)
     regions = make_regions(file.units, file.membership)
     counts = resample_counts(file.n_images, n_boot, seed)
     targets = _targets(file, regions, nc_threshold)
-    frames = [_score_target(target, file.rows, counts) for target in targets]
-    units = {name: unit_scores_of(row.values, targets[0]) for name, row in file.rows.items()}
+    own_rows = [{}, *(other.rows for other in file.targets.values())]
+    frames = [
+        _score_target(target, {**file.rows, **own}, counts)
+        for target, own in zip(targets, own_rows, strict=True)
+    ]
+    predicted = _predictions(targets[0], file.rows)
+    units = {name: unit_scores_of(values, targets[0]) for name, values in predicted.items()}
     return Scores(
         frame=pd.concat(frames, ignore_index=True),
         info=file.info,
@@ -132,14 +148,17 @@ def _targets(
     ]
 
 
+def _predictions(target: ScoredTarget, rows: Mapping[str, PredictionRow]) -> dict[str, FloatArray]:
+    """Predictions in the order of the table: the mean pattern, baselines, models."""
+    mean_pattern = np.broadcast_to(target.train_mean, target.values.shape)
+    models_last = sorted(rows, key=lambda name: rows[name].kind == "model")
+    return {MEAN_PATTERN: mean_pattern, **{name: rows[name].values for name in models_last}}
+
+
 def _score_target(
     target: ScoredTarget, rows: Mapping[str, PredictionRow], counts: FloatArray
 ) -> pd.DataFrame:
-    models_last = sorted(rows, key=lambda name: rows[name].kind == "model")
-    predictions: dict[str, FloatArray] = {
-        MEAN_PATTERN: np.broadcast_to(target.train_mean, target.values.shape)
-    }
-    predictions |= {name: rows[name].values for name in models_last}
+    predictions = _predictions(target, rows)
     units = {name: unit_scores_of(values, target) for name, values in predictions.items()}
     images = {name: image_scores_of(values, target) for name, values in predictions.items()}
     points = {name: point_table(units[name], images[name], target) for name in predictions}
@@ -147,7 +166,7 @@ def _score_target(
     left_out = {name: _left_out(units[name], images[name], target) for name in predictions}
     if np.isfinite(target.ceiling).any() or target.repeat_targets is not None:
         points[NOISE_CEILING], samples[NOISE_CEILING] = ceiling_tables(target, counts)
-    best = _best_baseline(points, rows)
+    best = best_baseline(points, rows)
     facts = _region_facts(target)
     lines: list[dict[str, Any]] = []
     for name in points:
@@ -155,11 +174,12 @@ def _score_target(
             "target": target.name,
             "row": name,
             "kind": _kind(name, rows),
+            "trained_on": _trained_on(name, rows, target),
             "n_parameters": rows[name].n_parameters if name in rows else None,
             "best_baseline": best,
         }
         columns = _with_interval(points[name], samples[name], ("value", "low", "high"))
-        if best is not None and name not in (best, NOISE_CEILING):
+        if name not in (best, NOISE_CEILING):
             columns |= _with_interval(
                 {key: points[name][key] - points[best][key] for key in METRICS},
                 {key: samples[name][key] - samples[best][key] for key in METRICS},
@@ -175,7 +195,8 @@ def _score_target(
 
 
 COLUMNS = [
-    *("target", "row", "kind", "n_parameters", "metric", "level", "atlas", "region"),
+    *("target", "row", "kind", "trained_on", "n_parameters"),
+    *("metric", "level", "atlas", "region"),
     *("n_units", "n_voxels", "mean_nc", "target_variance", "value", "low", "high", "left_out"),
     *("best_baseline", "difference", "difference_low", "difference_high"),
 ]
@@ -208,16 +229,26 @@ def _left_out(
     return counts
 
 
-def _best_baseline(
-    points: Mapping[str, RegionTable], rows: Mapping[str, PredictionRow]
-) -> str | None:
-    """Name of the baseline with the best noise-normalised R² (without a ceiling: R²)."""
-    baselines = [name for name, row in rows.items() if row.kind == "baseline"]
+def best_baseline(points: Mapping[str, RegionTable], rows: Mapping[str, PredictionRow]) -> str:
+    """Name of the row that differences are taken to, the mean pattern among the candidates.
+
+    It has the best noise-normalised R² over all units on the scored images (without a ceiling:
+    the best R²). The choice is made once, not in every resample, so that the intervals of the
+    differences do not include it.
+    """
+    candidates = [MEAN_PATTERN, *(name for name, row in rows.items() if row.kind == "baseline")]
     for key in ("noise_normalised_r2", "r2"):
-        known = [name for name in baselines if np.isfinite(points[name][key][0, 0])]
+        known = [name for name in candidates if np.isfinite(points[name][key][0, 0])]
         if known:
             return max(known, key=lambda name: float(points[name][key][0, 0]))
-    return None
+    return MEAN_PATTERN
+
+
+def _trained_on(name: str, rows: Mapping[str, PredictionRow], target: ScoredTarget) -> str | None:
+    """Target that a row was fitted to; the mean pattern is that of the target itself."""
+    if name in rows:
+        return rows[name].trained_on
+    return target.name if name == MEAN_PATTERN else None
 
 
 def _kind(name: str, rows: Mapping[str, PredictionRow]) -> str:

@@ -18,10 +18,18 @@ from chasm.evaluation.catalogue import (
     ROI_METRICS,
     label_of,
 )
-from chasm.evaluation.scores import MAIN_TARGET, Scores
+from chasm.evaluation.predictions import MAIN_TARGET
+from chasm.evaluation.scores import Scores
 
 STYLES = {"model": "bold", "reference": "dim", "ceiling": "italic"}
 _MIN_WIDTH = 110
+
+BEST_BASELINE = (
+    "The best baseline is the row, mean pattern included, with the highest noise-normalised R² "
+    "over all units on these same images (without a noise ceiling: the highest R²); the intervals "
+    "do not include that choice."
+)
+"""How the row is chosen that models are compared with."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,7 @@ def headline(scores: Scores) -> str:
 def target_name(target: str, unit: str) -> str:
     """Return what a target is called in a title."""
     main = "plain parcel means" if unit == "parcel" else "voxels"
-    return main if target == MAIN_TARGET else target
+    return {MAIN_TARGET: main, "top_p": "top-p parcel means"}.get(target, target)
 
 
 def score_grid(
@@ -98,6 +106,7 @@ def score_grid(
     frame = scores.frame
     frame = frame[(frame["target"] == target) & (frame["level"] == "all")]
     variance = frame["target_variance"].iloc[0]
+    left_out = _left_out_note(frame[frame["metric"].isin(list(metrics))], unit)
     columns = tuple(
         label_of(metric, unit, short=True)
         + (f" (target variance {variance:.3f})" if metric == "mse" else "")
@@ -110,19 +119,19 @@ def score_grid(
             Line(str(name), part["kind"].iloc[0], _cells(part, "metric", metrics))
             for name, part in frame.groupby("row", sort=False)
         ),
-        _left_out_note(frame[frame["metric"].isin(list(metrics))], unit),
+        f"{left_out} {_trained_note(frame, target, unit)}".strip(),
     )
 
 
 def difference_grid(
     scores: Scores, metrics: Sequence[str], target: str = MAIN_TARGET
 ) -> Grid | None:
-    """Models minus the best baseline on the same resamples; None without either."""
+    """Models minus the best baseline on the same resamples; None without a model."""
     frame = scores.frame
     frame = frame[
         (frame["target"] == target) & (frame["level"] == "all") & (frame["kind"] == "model")
     ]
-    if frame.empty or frame["best_baseline"].isna().all():
+    if frame.empty:
         return None
     best = frame["best_baseline"].iloc[0]
     return Grid(
@@ -132,7 +141,7 @@ def difference_grid(
             Line(f"{name} − {best}", "model", _cells(part, "metric", metrics, "difference"))
             for name, part in frame.groupby("row", sort=False)
         ),
-        "For the squared error, below 0 is better." if "mse" in metrics else "",
+        BEST_BASELINE + (" For the squared error, below 0 is better." if "mse" in metrics else ""),
     )
 
 
@@ -173,12 +182,17 @@ def region_grid(scores: Scores, metric: str, target: str = MAIN_TARGET) -> Grid 
     lines = []
     for (atlas, region), part in frame.groupby(["atlas", "region"], sort=False):
         first = part.iloc[0]
-        facts = (f"{first['n_voxels']}", f"{first['n_units']}", _number(first["mean_nc"]))
+        facts = (
+            f"{atlas}",
+            f"{first['n_voxels']}",
+            f"{first['n_units']}",
+            _number(first["mean_nc"]),
+        )
         lines.append(Line(f"{region}", str(atlas), (*facts, *_cells(part, "row", names))))
     unit = scores.info.unit
     return Grid(
         f"{label_of(metric, unit)}, by ROI",
-        ("Voxels", f"{unit.capitalize()}s", "Mean ceiling", *names),
+        ("Atlas", "Voxels", f"{unit.capitalize()}s", "Mean ceiling", *names),
         tuple(lines),
         f"A {unit} counts with its number of voxels in the ROI." if unit == "parcel" else "",
     )
@@ -280,6 +294,16 @@ def _left_out_note(frame: pd.DataFrame, unit: str) -> str:
     if not texts:
         return ""
     return "Constant, so without a correlation and left out: " + "; ".join(texts) + "."
+
+
+def _trained_note(frame: pd.DataFrame, target: str, unit: str) -> str:
+    """Say which target each row was trained on, unless it is `target` for all of them."""
+    fitted = frame[frame["kind"].isin(["baseline", "model"])].drop_duplicates("row")
+    if (fitted["trained_on"] == target).all() and target == MAIN_TARGET:
+        return ""
+    groups = fitted.groupby("trained_on", sort=False)["row"]
+    texts = [f"on {target_name(str(name), unit)}: {', '.join(rows)}" for name, rows in groups]
+    return f"Trained {'; '.join(texts)}."
 
 
 def method(scores: Scores) -> str:

@@ -7,7 +7,7 @@ import logging
 import math
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import nibabel
 import numpy as np
@@ -15,10 +15,12 @@ import torch
 
 from chasm.data.batches import EncodingDataset
 from chasm.data.datamodule import NSDDataModule
-from chasm.errors import DataError
+from chasm.errors import ChasmError, DataError
 from chasm.evaluation import evaluate
+from chasm.evaluation.bootstrap import check_resamples
 from chasm.evaluation.figures import Volume
 from chasm.evaluation.predictions import (
+    MAIN_TARGET,
     AlternativeTarget,
     Membership,
     PredictionFile,
@@ -28,13 +30,13 @@ from chasm.evaluation.predictions import (
 )
 from chasm.evaluation.tables import show
 from chasm.io import sha256_of_file
-from chasm.models.baselines import fit_baselines
+from chasm.models.baselines import baseline_kernels, fit_to_kernels
 from chasm.noise_ceiling import unit_ncsnr
 from chasm.parcellation import Aggregation
 from chasm.progress import track
 from chasm.training.modules import Stage1Module
 from chasm.training.recipes import Recipe
-from chasm.training.runs import load, read_provenance
+from chasm.training.runs import is_finished, load, read_provenance
 
 log = logging.getLogger(__name__)
 
@@ -66,26 +68,48 @@ def score_run(run: Path, *, n_boot: int = 2000, fresh: bool = False) -> Path:
     ------
     DataError
         The folder is no finished run, or its data changed since it was trained.
+    ConfigError
+        `n_boot` is negative or between 1 and 99.
     """
+    check_resamples(n_boot)
+    if not is_finished(run):
+        raise DataError(
+            run, "this folder is no finished run", "Train it to its end with `chasm fit`."
+        )
     predictions = run / "predictions.h5"
-    checkpoint = sha256_of_file(_checkpoint(run))
-    if not fresh and predictions.is_file() and _made_by(predictions) == checkpoint:
-        log.info("predictions are current: %s", predictions)
-        return report_run(run, n_boot=n_boot)
+    checkpoint = sha256_of_file(run / "checkpoints" / "best.ckpt")
     model, data, recipe = load(run)
     assert isinstance(model, Stage1Module)
-    _check_same_data(run, data)
-    data.setup("test")
-    _note_reading(run, checkpoint)
-    _predict(run, model, data, recipe, checkpoint).write(predictions)
-    return report_run(run, n_boot=n_boot)
+    _check_store(run, data)
+    _check_same(run, "tokens", data.tokens.fingerprint)
+    if not fresh and _made_by(predictions) == checkpoint:
+        log.info("predictions are current: %s", predictions)
+    else:
+        data.setup("test")
+        _note_reading(run, checkpoint)
+        _predict(run, model, data, recipe, checkpoint).write(predictions)
+    return _report(run, _volume(model, data), n_boot, fresh=False)
 
 
 def report_run(run: Path, *, n_boot: int = 2000, fresh: bool = False) -> Path:
     """Make table and report from a run's predictions; show the table and the report's path.
 
-    Files that are current are not made again, unless `fresh`.
+    Files that are current are not made again, unless `fresh`. Where the run's store is no longer
+    the one it was trained on, the report has no brain map and a warning says so.
+
+    Raises
+    ------
+    DataError
+        There are no predictions, or they cannot be read.
+    ConfigError
+        `n_boot` is negative or between 1 and 99.
     """
+    if not (run / "predictions.h5").is_file():
+        raise DataError(run / "predictions.h5", "no such file", "Run `chasm test` first.")
+    return _report(run, _volume_of(run), n_boot, fresh)
+
+
+def _report(run: Path, volume: Volume | None, n_boot: int, fresh: bool) -> Path:
     predictions = run / "predictions.h5"
     metrics = run / "metrics.csv"
     scores = evaluate(
@@ -94,7 +118,7 @@ def report_run(run: Path, *, n_boot: int = 2000, fresh: bool = False) -> Path:
         n_boot=n_boot,
         metrics_csv=metrics if metrics.is_file() else None,
         provenance=read_provenance(run),
-        volume=_volume(run),
+        volume=volume,
         fresh=fresh,
     )
     show(scores)
@@ -102,13 +126,23 @@ def report_run(run: Path, *, n_boot: int = 2000, fresh: bool = False) -> Path:
     return predictions
 
 
-def _volume(run: Path) -> Volume | None:
+def _volume_of(run: Path) -> Volume | None:
+    """Give a run's `_volume`, None with a warning when model or store cannot be used."""
+    try:
+        model, data, _ = load(run)
+        _check_store(run, data)
+    except ChasmError as error:
+        log.warning("the report has no brain map: %s", error)
+        return None
+    assert isinstance(model, Stage1Module)
+    return _volume(model, data)
+
+
+def _volume(model: Stage1Module, data: NSDDataModule) -> Volume | None:
     """Give the function that puts one value per parcel into the subject's volume, if it has one."""
-    model, data, _ = load(run)
     store = data.store
     if store.volume_shape is None:
         return None
-    assert isinstance(model, Stage1Module)
     parcellation = model.parcellation
     assert parcellation is not None
 
@@ -120,29 +154,30 @@ def _volume(run: Path) -> Volume | None:
     return place
 
 
-def _checkpoint(run: Path) -> Path:
-    path = run / "checkpoints" / "best.ckpt"
-    if not path.is_file():
-        raise DataError(
-            path, "is missing: this folder is no finished run", "Train it with `chasm fit`."
-        )
-    return path
-
-
 def _made_by(predictions: Path) -> str | None:
-    return PredictionFile.read(predictions).info.fingerprints.get("checkpoint")
+    """Fingerprint of the checkpoint behind a predictions file, None without a readable one."""
+    if not predictions.is_file():
+        return None
+    try:
+        return PredictionFile.read(predictions).info.fingerprints.get("checkpoint")
+    except DataError as error:
+        log.warning("predicting again: %s", error)
+        return None
 
 
-def _check_same_data(run: Path, data: NSDDataModule) -> None:
-    facts = read_provenance(run)
-    for name, now in (("store", data.store.fingerprint), ("tokens", data.tokens.fingerprint)):
-        then = facts[name]["fingerprint"]
-        if then != now:
-            raise DataError(
-                facts[name]["path"],
-                f"its fingerprint is {now[:12]}, the run was trained on {then[:12]}",
-                "Train again on these data, or bring back the ones it was trained on.",
-            )
+def _check_store(run: Path, data: NSDDataModule) -> None:
+    _check_same(run, "store", data.store.fingerprint)
+
+
+def _check_same(run: Path, part: Literal["store", "tokens"], now: str) -> None:
+    facts = read_provenance(run)[part]
+    then = facts["fingerprint"]
+    if then != now:
+        raise DataError(
+            facts["path"],
+            f"its fingerprint is {now[:12]}, the run was trained on {then[:12]}",
+            "Train again on these data, or bring back the ones it was trained on.",
+        )
 
 
 def _note_reading(run: Path, checkpoint: str) -> None:
@@ -160,26 +195,34 @@ def _predict(
 ) -> PredictionFile:
     train, test = data.dataset("train"), data.dataset("test")
     mean_of = _parcels(model, train, "mean")
-    target = _parcels(model, test, "mean")
-    repeats = _repeat_parcels(model, test)
-    rows = {"stage 1": _model_row(model, data)}
-    baselines = fit_baselines(
-        {"cls": data.tokens.cls, "patches": data.tokens.patches},
-        train.image_ids, test.image_ids, mean_of, seed=recipe.seed,
-    )  # fmt: skip
-    for name, found in baselines.items():
-        rows[name] = PredictionRow(found.values, "baseline", found.n_parameters, found.details)
+    kernels = baseline_kernels(
+        {"cls": data.tokens.cls, "patches": data.tokens.patches}, train.image_ids, test.image_ids
+    )
+
+    def baselines(responses: np.ndarray, target: str) -> dict[str, PredictionRow]:
+        fitted = fit_to_kernels(kernels, responses, train.image_ids, seed=recipe.seed)
+        return {
+            name: PredictionRow(found.values, "baseline", found.n_parameters, found.details, target)
+            for name, found in fitted.items()
+        }
+
+    targets: dict[str, AlternativeTarget] = {}
+    if model.target != "mean":
+        own = _own_parcels(model, data, "train")
+        targets[model.target] = AlternativeTarget(
+            _own_parcels(model, data, "test"), own.mean(axis=0), rows=baselines(own, model.target)
+        )
     return PredictionFile(
         image_id=test.image_ids,
         repeats=test.repeats,
-        target=target,
+        target=_parcels(model, test, "mean"),
         train_mean=mean_of.mean(axis=0),
-        rows=rows,
+        rows={"stage 1": _model_row(model, data), **baselines(mean_of, MAIN_TARGET)},
         units=_parcel_units(model, data),
         info=_info(run, model, data, recipe, checkpoint),
         membership=_membership(model, data),
-        repeat_targets=repeats,
-        targets=_own_targets(model, train, test),
+        repeat_targets=_repeat_parcels(model, test),
+        targets=targets,
         gate=None,
     )
 
@@ -218,23 +261,30 @@ def _model_row(model: Stage1Module, data: NSDDataModule) -> PredictionRow:
     model.cpu()
     share = np.concatenate(gates)
     details = {
-        "trained on": f"{model.target} of voxels",
         "mean share of the global stream": float(share.mean()),
         "sd over images": float(share.std()),
     }
     n = sum(p.numel() for p in model.parameters())
-    return PredictionRow(np.concatenate(parts), "model", n, details)
+    trained_on = MAIN_TARGET if model.target == "mean" else model.target
+    return PredictionRow(np.concatenate(parts), "model", n, details, trained_on)
 
 
-def _own_targets(
-    model: Stage1Module, train: EncodingDataset, test: EncodingDataset
-) -> dict[str, AlternativeTarget]:
-    if model.target == "mean":
-        return {}
-    values = _parcels(model, test, model.target)
-    return {
-        model.target: AlternativeTarget(values, _parcels(model, train, model.target).mean(axis=0))
-    }
+def _own_parcels(
+    model: Stage1Module, data: NSDDataModule, part: Literal["train", "test"]
+) -> np.ndarray:
+    """Values of the model's own target as training saw them, (images, parcels).
+
+    A model that was trained on single trials has the target of every presentation, averaged
+    here over repeats; one that was trained on image means has the target of the mean.
+    """
+    found = data.dataset(part, data.samples)
+    values = _parcels(model, found, model.target)
+    if data.samples == "image_means":
+        return values
+    images, index, counts = np.unique(found.image_ids, return_inverse=True, return_counts=True)
+    sums = np.zeros((len(images), values.shape[1]))
+    np.add.at(sums, index, values)
+    return (sums / counts[:, None]).astype(np.float32)
 
 
 def _parcel_units(model: Stage1Module, data: NSDDataModule) -> Units:

@@ -181,7 +181,8 @@ def weight_file(weights: str) -> Path:
         raise ConfigError(
             f"{path}:weights",
             "there is no such weight file",
-            "Give a .safetensors, .pth or .pt file, `pretrained` or `untrained`.",
+            "Give a .safetensors, .pth or .pt file by `--data.backbone.weights`, or `pretrained` "
+            "or `untrained`.",
         )
     if path.suffix not in {".safetensors", ".pth", ".pt"}:
         raise ConfigError(

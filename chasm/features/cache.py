@@ -6,8 +6,8 @@ A cache is a folder ``<root>/<key>/``, one row per image of the image source:
 ``manifest.json``  format, key, image fingerprint, backbone key, sizes
 ``cls.f16``        (images, layers, width) little-endian float16, sparse until filled
 ``patches.f16``    (images, patches, width) little-endian float16, sparse until filled
-``crc.u32``        (images, 2) little-endian uint32, CRC-32 of the CLS and of the patch tokens
-                   of each image; 0 = this image is not there yet
+``crc.u32``        (images, 3) little-endian uint32, CRC-32 of the CLS tokens, of the patch
+                   tokens and of the pixels of each image; 0 = this image is not there yet
 ``locks/``         lock files of the blocks of rows that processes divide among themselves
 =================  ========================================================================
 
@@ -17,6 +17,8 @@ A cache is a folder ``<root>/<key>/``, one row per image of the image source:
 from __future__ import annotations
 
 import json
+import logging
+import re
 import zlib
 from functools import cached_property
 from math import prod
@@ -28,19 +30,27 @@ import numpy as np
 from chasm.errors import CacheError
 from chasm.features.backbones import BackboneSpec, matches
 from chasm.io import digest
+from chasm.progress import track
+
+log = logging.getLogger(__name__)
 
 FORMAT = "chasm-token-cache"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 CLS, PATCHES, CHECKS = "cls.f16", "patches.f16", "crc.u32"
 
 REBUILD = "Extract these images anew with `chasm extract --fresh`."
+DELETE = "Delete this folder and run `chasm extract` again."
 
 
 def cache_key(image_fingerprint: str, backbone_key: dict[str, Any]) -> str:
     """Name of the cache of these images under this backbone."""
-    name = backbone_key["model"].replace("/", "_")
-    return f"{name}-{digest([FORMAT_VERSION, image_fingerprint, backbone_key])}"
+    content = digest([FORMAT_VERSION, image_fingerprint, backbone_key])
+    return f"{_folder_prefix(backbone_key['model'])}{content}"
+
+
+def _folder_prefix(model: str) -> str:
+    return f"{model.replace('/', '_')}-"
 
 
 def cache_folder(root: Path, image_fingerprint: str, backbone_key: dict[str, Any]) -> Path:
@@ -49,7 +59,7 @@ def cache_folder(root: Path, image_fingerprint: str, backbone_key: dict[str, Any
 
 
 def checksum(row: np.ndarray) -> int:
-    """CRC-32 of one image's tokens, never 0, which stands for tokens that are not there."""
+    """CRC-32 of one image's tokens or pixels, never 0, which stands for those not there."""
     return zlib.crc32(row.tobytes()) or 0xFFFFFFFF
 
 
@@ -78,7 +88,7 @@ class TokenCache:
             If there is none, it is damaged, or its format is not this program's.
         """
         folder = Path(folder)
-        cache = cls(folder, _read_manifest(folder))
+        cache = cls(folder, _read_manifest(folder, REBUILD))
         for name, (shape, dtype) in cache.layout.items():
             path = folder / name
             expected = prod(shape) * np.dtype(dtype).itemsize
@@ -94,6 +104,9 @@ class TokenCache:
     def find(cls, root: Path, image_fingerprint: str, spec: BackboneSpec) -> TokenCache | None:
         """Find the cache of these images under `spec`, without building the backbone.
 
+        Folders that cannot be read are skipped with a warning, unless nothing fits and the
+        name of one of them says that it may be the cache that is looked for.
+
         Returns
         -------
         TokenCache or None
@@ -102,14 +115,27 @@ class TokenCache:
         Raises
         ------
         CacheError
-            If a cache is damaged, or several fit (the hub's weights changed in between).
+            If the cache is damaged or of a newer chasm, or several fit (the hub's weights changed
+            in between).
         """
-        found = []
+        found, unreadable = [], []
+        of_model = re.compile(re.escape(_folder_prefix(spec.model)) + "[0-9a-f]{16}")
         for path in sorted(Path(root).glob(f"[!.]*/{MANIFEST}")):
-            manifest = _read_manifest(path.parent)
-            same_images = manifest["images"]["fingerprint"] == image_fingerprint
-            if same_images and matches(spec, manifest["backbone"]):
-                found.append(path.parent)
+            try:
+                manifest = _read_manifest(path.parent, DELETE)
+                fits = manifest["images"]["fingerprint"] == image_fingerprint and matches(
+                    spec, manifest["backbone"]
+                )
+            except _OlderFormatError as error:
+                log.warning("not used: %s", error)
+            except CacheError as error:
+                log.warning("not used: %s", error)
+                if of_model.fullmatch(path.parent.name):
+                    unreadable.append(error)
+            else:
+                found += [path.parent] * fits
+        if unreadable and not found:
+            raise unreadable[0]
         if len(found) > 1:
             raise CacheError(
                 root,
@@ -143,7 +169,7 @@ class TokenCache:
         return {
             CLS: ((self.n_images, sizes["n_cls"], sizes["cls_width"]), "<f2"),
             PATCHES: ((self.n_images, sizes["n_patches"], sizes["patch_width"]), "<f2"),
-            CHECKS: ((self.n_images, 2), "<u4"),
+            CHECKS: ((self.n_images, 3), "<u4"),
         }
 
     def _map(self, name: str) -> np.memmap:
@@ -162,7 +188,7 @@ class TokenCache:
 
     @cached_property
     def checks(self) -> np.memmap:
-        """Checksums of CLS and patch tokens, (images, 2) uint32; 0 = not extracted."""
+        """Checksums of CLS tokens, patch tokens and pixels, (images, 3) uint32; 0 = not there."""
         return self._map(CHECKS)
 
     def missing(self, image_ids: np.ndarray) -> np.ndarray:
@@ -198,6 +224,7 @@ class TokenCache:
         """
         if image_ids is None:
             image_ids = np.flatnonzero((np.asarray(self.checks) != 0).all(axis=1))
+        image_ids = np.asarray(image_ids, dtype=np.int64)
         missing = self.missing(image_ids)
         if missing.size:
             raise CacheError(
@@ -206,7 +233,8 @@ class TokenCache:
                 "Run `chasm extract` again; it continues where it stopped.",
             )
         for name, tokens, column in ((CLS, self.cls, 0), (PATCHES, self.patches, 1)):
-            for image in np.asarray(image_ids):
+            many = len(image_ids) > 1000
+            for image in track(image_ids, f"checking {name}") if many else image_ids:
                 if checksum(tokens[image]) != self.checks[image, column]:
                     raise CacheError(
                         self.folder / name,
@@ -215,8 +243,12 @@ class TokenCache:
                     )
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    """Read and check a manifest; `CacheError` if it cannot be used."""
+class _OlderFormatError(CacheError):
+    """A cache of an older chasm, which this one neither reads nor needs."""
+
+
+def _read_manifest(folder: Path, remedy: str) -> dict[str, Any]:
+    """Read and check a manifest; `CacheError` with this remedy if it is damaged."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -224,22 +256,24 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise CacheError(
             path, "there is no token cache", "Make it with `chasm extract`."
         ) from error
-    except ValueError as error:
-        raise CacheError(path, f"not readable as JSON ({error})", REBUILD) from error
+    except (ValueError, OSError) as error:
+        raise CacheError(path, f"not readable as JSON ({error})", remedy) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CacheError(f"{path}:format", f"not {FORMAT!r}", "Point at a token cache.")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise CacheError(
+        raise CacheError(f"{path}:format", f"not {FORMAT!r}", remedy)
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION:
+        older = isinstance(version, int) and version < FORMAT_VERSION
+        raise (_OlderFormatError if older else CacheError)(
             f"{path}:format_version",
-            f"found {manifest.get('format_version')}, this program reads {FORMAT_VERSION}",
-            "Update chasm, or extract anew with `chasm extract --fresh`.",
+            f"found {version}, this program reads {FORMAT_VERSION}",
+            DELETE if older else f"Update chasm. Or: {DELETE}",
         )
     try:
         key = cache_key(manifest["images"]["fingerprint"], manifest["backbone"])
         content = {k: manifest[k] for k in ("images", "sizes", "block_rows", "weights_label")}
         intact = key == manifest["key"] and digest(content) == manifest["check"]
     except (KeyError, TypeError, AttributeError) as error:
-        raise CacheError(path, f"field {error} is missing or malformed", REBUILD) from error
+        raise CacheError(path, f"field {error} is missing or malformed", remedy) from error
     if not intact:
-        raise CacheError(f"{path}:key", "the manifest was changed after it was written", REBUILD)
+        raise CacheError(f"{path}:key", "the manifest was changed after it was written", remedy)
     return manifest

@@ -3,13 +3,16 @@
 Rows are divided into blocks. A process takes a block's lock, computes the images that are
 missing in it batch by batch, and writes tokens first and checksums last, so that an image is
 either there with its checksum or not there. Batches depend only on the request, which makes a
-continued run equal to an unbroken one.
+continued run equal to an unbroken one. The checksum of each image's pixels is kept beside those
+of its tokens, so that images that changed later are noticed.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -26,6 +29,7 @@ from chasm.features.cache import (
     FORMAT_VERSION,
     MANIFEST,
     PATCHES,
+    REBUILD,
     TokenCache,
     cache_folder,
     checksum,
@@ -36,8 +40,12 @@ from chasm.progress import bar
 if TYPE_CHECKING:
     from chasm.data.images import ImageSource
 
+log = logging.getLogger(__name__)
+
 BLOCK_ROWS = 128
 """Images per lock; two processes divide the work in portions of this size."""
+PIXEL_SAMPLE = 32
+"""How many images whose tokens are there are compared with the pixels of then."""
 
 
 def extract(
@@ -67,24 +75,32 @@ def extract(
     device
         Where the backbone runs.
     fresh
-        Throw away what the cache holds and start anew. Not while another process fills it.
+        Compute `image_ids` again although they are there; other images keep their tokens. A
+        damaged cache is made anew as a whole: not while another process fills it.
 
     Returns
     -------
     TokenCache
-        Holds at least `image_ids`. Returned at once when nothing is missing.
+        Holds at least `image_ids`. Tokens that were there are compared with their checksums, and
+        a sample of their images with those of the pixels; only what is missing is computed.
 
     Raises
     ------
     CacheError
-        If the cache is damaged or cannot be written, an id is not in the source, or tokens do
-        not fit float16.
+        If the cache is damaged or cannot be written, images have changed since their tokens were
+        computed, an id is not in the source, or tokens do not fit float16.
     """
     ids = np.unique(np.asarray(image_ids, dtype=np.int64))
     folder = cache_folder(root, images.fingerprint, backbone.key)
     _make_folder(folder, images, backbone, fresh)
     cache = TokenCache.open(folder)
     missing = cache.missing(ids)
+    if fresh:
+        missing = ids
+    else:
+        there = np.setdiff1d(ids, missing)
+        cache.verify(there)
+        check_pixels(cache, images, there)
     if not missing.size:
         return cache
     block_rows = cache.manifest["block_rows"]
@@ -94,10 +110,13 @@ def extract(
         task = display.add_task(f"tokens of {backbone.key['model']}", total=len(ids))
 
         def fill(wanted: np.ndarray) -> None:
+            if fresh:
+                writer.forget(wanted)
             for start in range(0, len(wanted), batch_size):
                 batch = cache.missing(wanted[start : start + batch_size])
                 if batch.size:
-                    writer.write(batch, *_compute(images, backbone, batch, device))
+                    pixels = images.read(batch)
+                    writer.write(batch, pixels, *_compute(pixels, backbone, batch, device))
                 display.update(task, completed=len(ids) - cache.missing(ids).size)
 
         held_elsewhere = []
@@ -120,6 +139,40 @@ def extract(
     return cache
 
 
+def check_pixels(cache: TokenCache, images: ImageSource, image_ids: np.ndarray) -> None:
+    """Compare images with the checksums kept when their tokens were computed.
+
+    Parameters
+    ----------
+    cache
+        Holds the tokens of `image_ids`.
+    images
+        Source of the pixels.
+    image_ids
+        Images of which up to `PIXEL_SAMPLE`, evenly spread, are read.
+
+    Raises
+    ------
+    CacheError
+        Names the images whose pixels differ.
+    """
+    ids = np.asarray(image_ids, dtype=np.int64)
+    count = min(PIXEL_SAMPLE, len(ids))
+    if not count:
+        return
+    sample = ids[np.linspace(0, len(ids) - 1, count).round().astype(int)]
+    known = cache.checks[sample, 2]
+    changed = sample[[checksum(p) != k for p, k in zip(images.read(sample), known, strict=True)]]
+    if changed.size:
+        names = ", ".join(str(i) for i in changed[:8]) + (" …" if changed.size > 8 else "")
+        raise CacheError(
+            cache.folder / CHECKS,
+            f"{changed.size} of {count} sampled images have changed since their tokens were "
+            f"computed: images {names}",
+            f"Put the old images back, or: {REBUILD}",
+        )
+
+
 def _lock(folder: Path, block: int, *, wait: bool) -> FileLock:
     """Lock of one block of rows; released by the system when its process dies."""
     return FileLock(folder / "locks" / f"{block:05d}.lock", timeout=-1 if wait else 0)
@@ -130,7 +183,11 @@ def _make_folder(folder: Path, images: ImageSource, backbone: Backbone, fresh: b
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f".{folder.name}.lock"):
         if fresh and folder.exists():
-            shutil.rmtree(folder)
+            try:
+                TokenCache.open(folder)
+            except CacheError as error:
+                log.warning("made anew: %s", error)
+                shutil.rmtree(folder)
         if folder.exists():
             return
         manifest = {
@@ -161,10 +218,10 @@ def _make_folder(folder: Path, images: ImageSource, backbone: Backbone, fresh: b
 
 
 def _compute(
-    images: ImageSource, backbone: Backbone, batch: np.ndarray, device: str
+    images: Sequence[np.ndarray], backbone: Backbone, batch: np.ndarray, device: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of one batch as float16: (images, layers, width) and (images, patches, width)."""
-    pixels = backbone.preprocess(images.read(batch)).to(device)
+    pixels = backbone.preprocess(images).to(device)
     cls, patches = backbone(pixels)
     per_layer = patches.split(backbone.patch_width // len(backbone.patch_layers), dim=-1)
     model = backbone.key["model"]
@@ -185,7 +242,7 @@ def _require_float16(values: torch.Tensor, where: str, batch: np.ndarray) -> Non
     raise CacheError(
         where,
         f"image {batch[row]} has a value of magnitude {largest:.4g}; float16 holds up to 65504",
-        "Choose another layer with `--cls_layers` or `--patch_layers`.",
+        "Choose another layer with `--data.backbone.cls_layers` or `--data.backbone.patch_layers`.",
     )
 
 
@@ -205,13 +262,25 @@ class _Writer:
         for stream in self.streams.values():
             stream.close()
 
-    def write(self, ids: np.ndarray, cls: np.ndarray, patches: np.ndarray) -> None:
+    def forget(self, ids: np.ndarray) -> None:
+        """Count the tokens of some images of one block, which the caller has locked, as missing."""
+        first, last = ids[0], ids[-1]
+        checks = np.array(self.cache.checks[first : last + 1])
+        checks[ids - first] = 0
+        self._put(CHECKS, first, checks, rows=len(checks))
+        self._sync(CHECKS)
+
+    def write(
+        self, ids: np.ndarray, pixels: Sequence[np.ndarray], cls: np.ndarray, patches: np.ndarray
+    ) -> None:
         """Store the tokens of some images of one block, which the caller has locked.
 
         Parameters
         ----------
         ids
             Images, ascending.
+        pixels
+            Of each image, uint8 (height, width, 3).
         cls, patches
             float16, (images, layers, width) and (images, patches, width).
 
@@ -222,10 +291,10 @@ class _Writer:
         """
         first, last = ids[0], ids[-1]
         checks = np.array(self.cache.checks[first : last + 1])
-        for image, *tokens in zip(ids, cls, patches, strict=True):
-            for name, values in zip((CLS, PATCHES), tokens, strict=True):
+        for image, *content in zip(ids, cls, patches, pixels, strict=True):
+            for name, values in zip((CLS, PATCHES), content[:2], strict=True):
                 self._put(name, image, values)
-            checks[image - first] = [checksum(values) for values in tokens]
+            checks[image - first] = [checksum(values) for values in content]
         self._sync(CLS, PATCHES)
         self._put(CHECKS, first, checks, rows=len(checks))
         self._sync(CHECKS)

@@ -132,7 +132,8 @@ def load_model(spec: BackboneSpec) -> tuple[nn.Module, dict[str, str]]:
         raise ConfigError(
             "backbone:model",
             f"timm has no model {spec.model!r}",
-            f"Choose `pyramid` or a name that timm.list_models() gives.{hint}",
+            "Choose `--data.backbone.model pyramid` or a name that timm.list_models() gives."
+            f"{hint}",
         )
     options: dict[str, Any] = {"num_classes": 0}
     if spec.image_size is not None:
@@ -164,15 +165,20 @@ def _create(name: str, options: dict[str, Any], **more: Any) -> Any:
 
 def _from_hub(name: str, options: dict[str, Any]) -> nn.Module:
     logger.info("Fetching the weights of %s from the hub, unless they are already here.", name)
+    hub_log = logging.getLogger("huggingface_hub")
+    level = hub_log.level
+    hub_log.setLevel(logging.ERROR)  # it reports every retry; the error below says enough
     try:
         return _create(name, options, pretrained=True)
     except (OSError, RuntimeError, HfHubHTTPError) as error:
         raise ConfigError(
             "backbone:weights",
             f"the pretrained weights of {name} cannot be fetched ({_first_line(error)})",
-            "Give a local file with `--weights FILE`, or choose `--weights untrained` or "
-            "`--model pyramid`.",
+            "Give a local file with `--data.backbone.weights FILE`, or choose "
+            "`--data.backbone.weights untrained` or `--data.backbone.model pyramid`.",
         ) from error
+    finally:
+        hub_log.setLevel(level)
 
 
 def _from_file(spec: BackboneSpec, options: dict[str, Any]) -> tuple[Any, dict[str, str]]:
@@ -207,8 +213,8 @@ def _require_tokens(model: nn.Module, name: str) -> None:
     raise ConfigError(
         "backbone:model",
         f"{name} has no CLS token next to patch tokens",
-        "Choose a vision transformer with a class token, e.g. vit_base_patch14_dinov2, or "
-        "`pyramid`.",
+        "Choose a vision transformer with a class token, e.g. "
+        "`--data.backbone.model vit_base_patch14_dinov2`, or `--data.backbone.model pyramid`.",
     )
 
 

@@ -25,12 +25,10 @@ from himalaya.kernel_ridge import (
 from numpy.typing import NDArray
 
 from chasm.errors import ConfigError, DataError
+from chasm.models.kernels import FeatureKernels, FloatArray, linear_kernels
 from chasm.progress import track
 
 logger = logging.getLogger(__name__)
-
-FloatArray = NDArray[np.float32]
-
 
 ALPHAS: FloatArray = np.logspace(-1, 5, 13, dtype=np.float32)
 """Ridge penalties searched, for kernels scaled to a mean diagonal of 1."""
@@ -39,101 +37,6 @@ BANDS: FloatArray = np.array(
     [[0.5, 0.5], [1, 0], [0.9, 0.1], [0.7, 0.3], [0.3, 0.7], [0.1, 0.9], [0, 1]], dtype=np.float32
 )
 """Shares of the (CLS, patches) kernels searched by banded ridge."""
-
-
-@dataclass(frozen=True)
-class FeatureKernels:
-    """Linear kernels of one feature space, scaled to a mean train diagonal of 1.
-
-    Attributes
-    ----------
-    train
-        (train images, train images), symmetric.
-    test
-        (test images, train images), None when no test rows were asked for.
-    n_features
-        Number of features that vary over the train images.
-    """
-
-    train: FloatArray
-    test: FloatArray | None
-    n_features: int
-
-
-def linear_kernels(
-    tokens: NDArray[Any],
-    train_rows: NDArray[np.int64],
-    test_rows: NDArray[np.int64] | None = None,
-    *,
-    block_bytes: int = 128 * 2**20,
-    description: str = "kernel",
-) -> FeatureKernels:
-    """Compute the linear kernels of one feature space, reading it in blocks of features.
-
-    Each feature is standardised by its mean and standard deviation over the train rows;
-    features that are constant there are left out.
-
-    Parameters
-    ----------
-    tokens
-        (images, ...), e.g. CLS tokens (images, layers, width) or patch tokens
-        (images, patches, width); any float dtype; may be a memory map, of which only the rows
-        asked for are read.
-    train_rows, test_rows
-        Rows of `tokens`.
-    block_bytes
-        Upper bound on the memory of one block of standardised features.
-    description
-        Name shown with the progress.
-
-    Raises
-    ------
-    DataError
-        If a token is not finite or no feature varies.
-    """
-    if tokens.ndim == 2:
-        tokens = tokens[:, :, None]
-    train_rows = np.asarray(train_rows, dtype=np.int64)
-    rows = train_rows if test_rows is None else np.concatenate([train_rows, test_rows])
-    n_train = len(train_rows)
-    inner = int(np.prod(tokens.shape[2:]))
-    step = max(1, block_bytes // (4 * len(rows) * inner))
-    starts = range(0, tokens.shape[1], step)
-    train = np.zeros((n_train, n_train), dtype=np.float32)
-    test = None
-    if test_rows is not None:
-        test = np.zeros((len(test_rows), n_train), dtype=np.float32)
-    n_features = 0
-    for start in track(starts, description, len(starts)) if len(starts) > 8 else starts:
-        block = np.asarray(tokens[rows, start : start + step], dtype=np.float32)
-        block = block.reshape(len(rows), -1)
-        if not np.isfinite(block).all():
-            raise DataError(
-                f"tokens:{description}",
-                "NaN or infinite values among the features",
-                "Check the token cache (extract again with --fresh).",
-            )
-        mean = block[:n_train].mean(axis=0, dtype=np.float64).astype(np.float32)
-        block -= mean
-        scale = np.sqrt(np.mean(np.square(block[:n_train]), axis=0, dtype=np.float64))
-        # A constant float32 column leaves rounding dust, not exactly 0.
-        varies = scale > 1e-6 * np.maximum(1.0, np.abs(mean))
-        block = block[:, varies] / scale[varies].astype(np.float32)
-        n_features += int(varies.sum())
-        train += block[:n_train] @ block[:n_train].T
-        if test is not None:
-            test += block[n_train:] @ block[:n_train].T
-    if n_features == 0:
-        raise DataError(
-            f"tokens:{description}",
-            "no feature varies over the train images",
-            "Use another backbone or more train images.",
-        )
-    factor = np.float32(1.0 / np.mean(np.diagonal(train), dtype=np.float64))
-    train *= factor
-    if test is not None:
-        test *= factor
-    return FeatureKernels(train, test, n_features)
 
 
 def image_folds(
@@ -325,17 +228,12 @@ def linear_baselines(n_folds: int = 5, seed: int = 0) -> dict[str, LinearEncoder
     }
 
 
-def fit_baselines(
+def baseline_kernels(
     tokens: Mapping[str, NDArray[Any]],
     train_rows: NDArray[np.int64],
     test_rows: NDArray[np.int64],
-    targets: NDArray[Any],
-    *,
-    groups: NDArray[np.int64] | None = None,
-    n_folds: int = 5,
-    seed: int = 0,
-) -> dict[str, BaselinePrediction]:
-    """Fit every linear baseline on train images and predict the test images.
+) -> dict[str, FeatureKernels]:
+    """Compute the kernels that all linear baselines share, whatever they are fitted to.
 
     Parameters
     ----------
@@ -344,10 +242,36 @@ def fit_baselines(
         of the token cache are welcome.
     train_rows, test_rows
         Rows of the tokens. A row may be repeated when an image has several rows of targets.
+
+    Raises
+    ------
+    DataError
+        If a token is not finite or no feature varies.
+    """
+    return {
+        space: linear_kernels(values, train_rows, test_rows, description=f"kernel of {space}")
+        for space, values in tokens.items()
+    }
+
+
+def fit_to_kernels(
+    kernels: Mapping[str, FeatureKernels],
+    targets: NDArray[Any],
+    groups: NDArray[np.int64],
+    *,
+    n_folds: int = 5,
+    seed: int = 0,
+) -> dict[str, BaselinePrediction]:
+    """Fit every linear baseline to one kind of target and predict the test images.
+
+    Parameters
+    ----------
+    kernels
+        See `baseline_kernels`; the same ones serve any number of targets.
     targets
         (train rows, units), responses of the train rows. Test responses are never needed.
     groups
-        (train rows,), image of each train row; default: `train_rows` themselves.
+        (train rows,), image of each train row.
     n_folds, seed
         Cross-validation over train images that chooses the penalties.
 
@@ -355,13 +279,12 @@ def fit_baselines(
     -------
     dict
         Row name to prediction, in the order of the table.
+
+    Raises
+    ------
+    DataError
+        If a target is not finite or the rows do not match.
     """
-    train_rows = np.asarray(train_rows, dtype=np.int64)
-    groups = train_rows if groups is None else groups
-    kernels = {
-        space: linear_kernels(values, train_rows, test_rows, description=f"kernel of {space}")
-        for space, values in tokens.items()
-    }
     predictions = {}
     encoders = linear_baselines(n_folds, seed)
     for name, encoder in track(encoders.items(), "linear baselines", len(encoders)):

@@ -7,7 +7,7 @@ import pytest
 from chasm.data.arrays import prepare_arrays
 from chasm.data.splits import make_split, training_statistics
 from chasm.data.store import SubjectStore
-from chasm.errors import ChasmError, ConfigError, DataError
+from chasm.errors import ChasmError, ConfigError, DataError, StoreError
 from chasm.noise_ceiling import unit_ncsnr
 
 UNITS, IMAGES, REPEATS = 6, 40, 4
@@ -128,6 +128,41 @@ def test_a_current_store_is_left_alone(files):
     prepare(folder, overwrite=True)
 
 
+@pytest.mark.parametrize("what", ["name", "dataset", "responses", "images"])
+def test_a_store_of_another_source_is_not_replaced(files, what):
+    folder, _ = files
+    store = prepare(folder)
+    before = store.path.read_bytes()
+    options = {"name": "unit", "dataset": "test"}
+    paths = {"images": folder / "images.npy", "responses": folder / "responses.npy"}
+    if what in options:
+        options[what] = "other"
+    else:
+        paths[what] = paths[what].rename(folder / f"other_{what}.npy")
+    with pytest.raises(
+        StoreError, match=r"holds another store.*subject unit.*--overwrite"
+    ) as error:
+        prepare_arrays(*paths.values(), store.path, **options)
+    assert "other" in str(error.value)
+    assert store.path.read_bytes() == before
+    prepare_arrays(*paths.values(), store.path, **options, overwrite=True)
+    assert store.path.read_bytes() != before
+
+
+def test_one_changed_image_is_noticed(files):
+    folder, _ = files
+    store = prepare(folder)
+    fingerprint = store.image_fingerprint
+    pixels = np.load(folder / "images.npy")
+    pixels[33, 0, 0, 0] ^= 1
+    np.save(folder / "images.npy", pixels)
+    with pytest.raises(StoreError, match="have changed since"):
+        store.open_images()
+    again = prepare(folder)
+    assert again.image_fingerprint != fingerprint
+    again.open_images()
+
+
 def _set(index, value, dims=3):
     def damage(folder, values):
         values = values.copy() if dims == 3 else np.nan_to_num(values[:, :, 0])
@@ -142,6 +177,11 @@ def _save(make):
         np.save(folder / "responses.npy", make(values))
 
     return damage
+
+
+def _archive(folder, values):
+    np.savez(folder / "a.npz", values=values)
+    (folder / "a.npz").rename(folder / "responses.npy")
 
 
 BAD = [
@@ -159,6 +199,7 @@ BAD = [
     (_save(lambda v: v.astype(str)), "numbers (units, images[, repeats]) expected"),
     (_save(lambda v: np.zeros_like(v)), "no unit varies over the train images"),
     (lambda f, v: (f / "responses.npy").write_bytes(b"x"), "not a readable .npy array"),
+    (_archive, "responses.npy: is an .npz archive (values), not a .npy array"),
     (lambda f, v: (f / "responses.npy").unlink(), "responses.npy: no such file"),
     (lambda f, v: (f / "images.npy").unlink(), "images.npy: no such file or folder"),
 ]
@@ -186,6 +227,9 @@ def test_bad_responses_are_one_line_and_leave_nothing(files, damage, message):
         ("coordinates.csv", "x,y,z\n1,2,a\n", "coordinates.csv:2: could not convert"),
         ("coordinates.npy", np.zeros((UNITS, 2)), "shape (6, 2)"),
         ("coordinates.npy", None, "no such file"),
+        ("coordinates.npy", np.full((UNITS, 3), "a"), "<U1 found, numbers expected"),
+        ("rois.csv", b"unit,atlas,label\n0,V\xe4,b\n", "rois.csv: not a readable CSV file"),
+        ("coordinates.csv", b"\xff\xfex\x00", "coordinates.csv: not a readable CSV file"),
     ],
 )
 def test_bad_tables(files, name, content, message):
@@ -193,6 +237,8 @@ def test_bad_tables(files, name, content, message):
     path = folder / name
     if isinstance(content, str):
         path.write_text(content)
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
     elif content is not None:
         np.save(path, content)
     with pytest.raises(ChasmError) as error:

@@ -1,5 +1,8 @@
+import fcntl
+import hashlib
 import io
 import multiprocessing
+import os
 import pickle
 import zipfile
 
@@ -8,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from chasm.data import store_format
 from chasm.data.images import open_images
 from chasm.errors import DataError
 
@@ -85,6 +89,49 @@ def test_fingerprint_is_stable_and_sees_other_pixels(source_path, tmp_path):
     assert open_images("npy", other).fingerprint != before
 
 
+@pytest.mark.parametrize("kind", ["folder", "zip", "npy"])
+def test_fingerprint_sees_any_pixel(tmp_path, kind):
+    def write(pixels):
+        if kind == "npy":
+            np.save(tmp_path / "a.npy", pixels)
+            return tmp_path / "a.npy"
+        if kind == "zip":
+            with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+                for i, image in enumerate(pixels):
+                    archive.writestr(f"img{i:02d}.ppm", ppm(image))
+            return tmp_path / "a.zip"
+        for i, image in enumerate(pixels):
+            (tmp_path / f"img{i:02d}.ppm").write_bytes(ppm(image))
+        return tmp_path
+
+    many = np.random.default_rng(1).integers(0, 256, (40, 6, 5, 3)).astype(np.uint8)
+    before = open_images(kind, write(many)).fingerprint
+    assert open_images(kind, write(many.copy())).fingerprint == before or kind == "zip"
+    for image in (1, 17, 38):
+        other = many.copy()
+        other[image, 2, 2, 1] ^= 1
+        assert open_images(kind, write(other)).fingerprint != before
+
+
+def ppm(image):
+    """Uncompressed, so that other pixels give a file of the same size."""
+    return b"P6 %d %d 255\n" % (image.shape[1], image.shape[0]) + image.tobytes()
+
+
+def test_a_content_hash_is_computed_once_for_an_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"one")
+    os.utime(path, ns=(10**18, 10**18))
+    first = store_format.content_hash(path)
+    monkeypatch.setattr(store_format, "sha256_of_file", None)  # a call would raise
+    assert store_format.content_hash(path) == first
+    monkeypatch.undo()
+    path.write_bytes(b"two")  # the same size, within the clock's grain
+    assert store_format.content_hash(path) == hashlib.sha256(b"two").hexdigest()
+    path.write_bytes(b"six")
+    assert store_format.content_hash(path) == hashlib.sha256(b"six").hexdigest()
+
+
 def test_fingerprint_of_chosen_images_does_not_see_the_others(tmp_path):
     path = tmp_path / "a.hdf5"
     with h5py.File(path, "w") as file:
@@ -139,7 +186,7 @@ def test_a_corrupt_entry_of_a_zip_is_named(tmp_path):
     [
         ("a.zip", b"PK nothing", "not a readable zip"),
         ("a.npy", b"nothing", "not a readable .npy"),
-        ("a.hdf5", b"nothing", "not a readable HDF5"),
+        ("a.hdf5", b"nothing", "or no HDF5 file"),
         ("a.xyz", b"nothing", "cannot tell what '.xyz' is"),
         ("a.npy", "floats", "float64 (4, 3) found"),
         ("a.npy", "objects", "not a readable .npy"),
@@ -171,6 +218,48 @@ def test_wrong_hdf5_content_and_empty_folder_are_refused(tmp_path):
         open_images("auto", tmp_path / "empty")
     with pytest.raises(DataError, match="no such file or folder"):
         open_images("auto", tmp_path / "nowhere")
+
+
+def test_groups_and_archives_are_no_images(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_group("imgBrick")
+    with pytest.raises(DataError, match=r"a\.h5:imgBrick: no such dataset"):
+        open_images("auto", tmp_path / "a.h5")
+    np.savez(tmp_path / "b.npz", x=PIXELS)
+    (tmp_path / "b.npz").rename(tmp_path / "b.npy")
+    with pytest.raises(DataError, match=r"b\.npy: is an \.npz archive \(x\)"):
+        open_images("auto", tmp_path / "b.npy")
+    (tmp_path / "c.npy").write_bytes(b"PK\x03\x04 cut short")
+    with pytest.raises(DataError, match=r"c\.npy: not a readable"):
+        open_images("auto", tmp_path / "c.npy")
+
+
+def test_a_lock_does_not_matter(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["imgBrick"] = PIXELS
+    with (tmp_path / "a.h5").open("rb") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        np.testing.assert_array_equal(_read(open_images("auto", tmp_path / "a.h5")), PIXELS[3])
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (PermissionError(13, "Permission denied"), "may not be read by you"),
+        (BlockingIOError(11, "Resource temporarily unavailable"), "locked by another program"),
+        (OSError("bad symbol table"), "damaged or truncated"),
+    ],
+)
+def test_what_keeps_a_file_from_opening_is_told_apart(tmp_path, monkeypatch, error, message):
+    def fail(*_args, **_options):
+        raise error
+
+    path = tmp_path / "a.h5"
+    path.touch()
+    monkeypatch.setattr(store_format.h5py, "File", fail)
+    with pytest.raises(DataError, match=message) as caught:
+        open_images("auto", path)
+    assert ("damaged" in str(caught.value)) == (message == "damaged or truncated")
 
 
 def test_grey_arrays(tmp_path):

@@ -1,5 +1,7 @@
 import json
+import shutil
 
+import h5py
 import nibabel as nib
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from chasm.data.nsd import (
 from chasm.errors import DataError
 
 from .nsd_tree import (
+    SESSIONS,
     SPECIAL_SESSIONS,
     TRIALS,
     VERSION,
@@ -177,3 +180,50 @@ def test_a_damaged_design_is_named(tree):
     path.unlink()
     with pytest.raises(DataError, match="no such file"):
         NSDTree(tree.root).design()
+
+
+@pytest.mark.parametrize("told_by", ["design", "stimuli", "betas"])
+def test_a_simulated_tree_without_its_marker_is_refused(tree, told_by):
+    paths = {"stimuli": tree.stimuli, "betas": tree.session(1)}
+    (tree.root / "SIMULATED.json").unlink()
+    assert not NSDTree(tree.root).is_simulated  # nothing says so yet
+    if told_by == "design":
+        with NSDTree(tree.root).design_path.open("r+b") as file:
+            file.write(b"MATLAB 5.0 MAT-file, simulated NSD design".ljust(116))
+    else:
+        with h5py.File(paths[told_by], "r+") as file:
+            file.attrs["simulated"] = True
+    with pytest.raises(DataError, match=r"SIMULATED\.json: no such file, but .*simul") as error:
+        NSDTree(tree.root)
+    assert "Put SIMULATED.json back" in error.value.remedy
+
+
+def test_what_the_simulator_writes_says_so(toy_tree, tmp_path):
+    """Each file alone gives the tree away."""
+    root = shutil.copytree(toy_tree, tmp_path / "nsd")
+    (root / "SIMULATED.json").unlink()
+    telling = [
+        root / "nsddata/experiments/nsd/nsd_expdesign.mat",
+        root / "nsddata_stimuli/stimuli/nsd/nsd_stimuli.hdf5",
+        next(root.glob("nsddata_betas/ppdata/subj01/*/*/betas_session01.hdf5")),
+    ]
+    for path in telling:
+        with pytest.raises(DataError, match=path.name):
+            NSDTree(root)
+        path.unlink()
+    assert not NSDTree(root).is_simulated
+
+
+def test_tables_that_are_no_text_are_named(tree):
+    path = write_responses(tree, np.zeros(SESSIONS * TRIALS, int))
+    path.write_bytes(b"SESSION\t73KID\n\xff\xfe\n")
+    with pytest.raises(DataError, match=r"responses\.tsv: not a readable table"):
+        NSDTree(tree.root).trial_image_ids(1, [1])
+    path.write_bytes(b"\xff\xfeS\x00E\x00")
+    with pytest.raises(DataError, match=r"responses\.tsv: not a readable table"):
+        NSDTree(tree.root).trial_image_ids(1, [1])
+    table = tree.root / "nsddata/freesurfer/subj01/label/streams.mgz.ctab"
+    table.parent.mkdir(parents=True)
+    table.write_bytes(b"1 \xff")
+    with pytest.raises(DataError, match=r"streams\.mgz\.ctab: not a readable label table"):
+        NSDTree(tree.root).roi(1, "streams")

@@ -1,4 +1,6 @@
+import fcntl
 import gzip
+import shutil
 import struct
 import tracemalloc
 
@@ -243,7 +245,24 @@ def wrong_brain(tree):
         poison_own_session(tree, session, lambda betas: betas.__imul__(~tree.mask[..., None]))
 
 
+def group_of_betas(tree):
+    with h5py.File(tree.session(2), "w") as file:
+        file.create_group("betas")
+
+
+def group_of_images(tree):
+    with h5py.File(tree.stimuli, "w") as file:
+        file.create_group("imgBrick")
+
+
+def no_label(tree):
+    write_volume(tree.roi_folder / "streams.nii.gz", np.zeros(SHAPE, np.int16))
+
+
 BAD = [
+    (group_of_betas, {}, "betas_session02.hdf5:betas: no such dataset; the file holds betas"),
+    (group_of_images, {}, "nsd_stimuli.hdf5:imgBrick: no such dataset"),
+    (no_label, {"mask": "streams"}, "streams.nii.gz: no voxel has a label ≥ 1 (labels: [0])"),
     (truncate, {}, "betas_session02.hdf5: is damaged or truncated"),
     (wrong_axes, {}, "betas_session02.hdf5:betas: axes are in the wrong order"),
     (half_wrong_axes, {}, "betas_session02.hdf5:betas: axes are in the wrong order"),
@@ -273,6 +292,51 @@ def test_bad_input_is_one_line_and_leaves_nothing(tree, damage, options, message
     assert error.value.remedy
     out = tree.root.parent / "out"
     assert not out.exists() or not list(out.iterdir())
+
+
+def test_nsdgeneral_keeps_label_1_and_other_atlases_all_labels(tree):
+    volume = np.where(tree.mask, 1, 0).astype(np.int16)
+    inside = np.argwhere(tree.mask)
+    volume[tuple(inside[0])] = 2
+    write_volume(tree.roi_folder / "nsdgeneral.nii.gz", volume)
+    assert prepare(tree).n_voxels == len(inside) - 1
+    assert prepare(tree, mask="streams").n_voxels == (tree.streams >= 1).sum()
+
+
+@pytest.mark.parametrize("other", ["tree", "version", "subject", "source"])
+def test_a_store_of_another_source_is_not_replaced(tree, other, tmp_path):
+    store = prepare(tree)
+    before, root, options = store.path.read_bytes(), tree.root, {}
+    if other == "tree":
+        root = write_tree(tmp_path / "else", seed=1).root
+    elif other == "version":
+        shutil.copytree(tree.folder, tree.folder.with_name("betas_assumehrf"))
+        options = {"version": "betas_assumehrf"}
+    elif other == "source":
+        with h5py.File(store.path, "r+") as file:
+            file.attrs["source"], file.attrs["source_signature"] = "nsd", "of the real tree"
+        before = store.path.read_bytes()
+    else:
+        with h5py.File(store.path, "r+") as file:
+            file.attrs["subject"], file.attrs["source_signature"] = "subj02", "of subject 2"
+        before = store.path.read_bytes()
+    with pytest.raises(StoreError, match=r"holds another store.*--out.*--overwrite") as error:
+        prepare_nsd(root, 1, store.path, **options)
+    assert "\n" not in str(error.value)
+    assert store.path.read_bytes() == before
+    prepare_nsd(root, 1, store.path, **options, overwrite=True)
+    assert store.path.read_bytes() != before
+
+
+def test_more_sessions_of_the_same_source_replace_the_store(tree):
+    assert prepare(tree, sessions=[1, 2]).n_trials == 2 * TRIALS
+    assert prepare(tree).n_trials == SESSIONS * TRIALS
+
+
+def test_locked_betas_are_read(tree):
+    with tree.session(2).open("rb") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        assert prepare(tree).n_trials == SESSIONS * TRIALS
 
 
 def test_an_unknown_subject_is_told_who_is_there(tree):

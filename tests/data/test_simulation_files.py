@@ -1,6 +1,7 @@
 """The simulated tree has NSD's files, shapes, types and ids."""
 
 import json
+import shutil
 from pathlib import Path
 
 import h5py
@@ -11,8 +12,11 @@ import pytest
 import scipy.io
 import scipy.ndimage
 
+from chasm.data.prepare import prepare_nsd
 from chasm.data.simulation import SimulationConfig, generate, load_truth, simulate
 from chasm.data.simulation.cortex import AREA_NAMES, make_cortex
+from chasm.data.simulation.writer import Tree
+from chasm.data.store import SubjectStore
 from chasm.errors import ChasmError, ConfigError, DataError
 
 CONFIG = SimulationConfig.toy()
@@ -281,6 +285,35 @@ def test_a_current_tree_is_left_alone_and_a_lost_file_is_mended(tree, tmp_path):
     session(out, 2).unlink()
     simulate(CONFIG, out, [1])
     assert session(out, 2).read_bytes() == session(tree, 2).read_bytes()
+
+
+def test_every_lost_file_is_noticed_and_written_again(tree, tmp_path):
+    out = shutil.copytree(tree, tmp_path / "nsd")
+    whole = files(out)
+    plan = Tree(out, CONFIG)
+    known = {*plan.common_files(), *plan.subject_files(1), *plan.subject_files(2)}
+    named = {str(path.relative_to(out)) for path in known}
+    assert named == whole.keys() - {"SIMULATED.json"}
+    for lost in (plan.common_files(), plan.subject_files(1)):
+        for path in lost:
+            path.unlink()
+            assert generate._unfinished(plan, [1]) == [1], path
+        simulate(CONFIG, out, [1])
+        now = files(out)
+        assert [name for name in whole if now.get(name) != whole[name]] == []
+
+
+def test_adding_a_subject_keeps_image_fingerprint_and_pixels(tmp_path):
+    out = simulate(CONFIG, tmp_path / "nsd", [1])
+    store = SubjectStore.open(prepare_nsd(out, 1, tmp_path / "subj01.h5"))
+    before = store.open_images()
+    fingerprint, pixels = before.fingerprint, before.read(store.images.ids)
+    simulate(CONFIG, out, [2])
+    after = store.open_images()
+    assert after.fingerprint == fingerprint
+    np.testing.assert_array_equal(after.read(store.images.ids), pixels)
+    second = SubjectStore.open(prepare_nsd(out, 2, tmp_path / "subj02.h5"))
+    assert second.image_fingerprint == fingerprint
 
 
 def test_interruption_leaves_whole_sessions_and_is_continued(tree, tmp_path, monkeypatch):

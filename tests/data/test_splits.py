@@ -112,6 +112,17 @@ def test_few_shot_sets_are_nested(store):
             few_shot(split, n, seed=0)
 
 
+def test_statistics_of_few_shot_training_use_its_images_only(store):
+    split = few_shot(make_split(store, "clean"), 15, seed=0)
+    mean, std = training_statistics(store, split)
+    train = store.trials["image_id"].isin(split.train).to_numpy()
+    for session in range(SESSIONS):
+        used = store.betas[train & (store.session_index == session)] / 300
+        np.testing.assert_allclose(mean[session], used.mean(0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(std[session], used.std(0, ddof=1), rtol=1e-4)
+    assert (mean != store.normalisation("train")[0]).any()
+
+
 @pytest.mark.parametrize("name", ["clean", "paper", "seeded"])
 def test_training_statistics_are_those_of_train_trials(store, name):
     split = make_split(store, name, seed=5, validation_fraction=0.3)

@@ -163,11 +163,20 @@ def test_a_damaged_store_names_the_field(copy, damage, message):
     assert error.value.remedy
 
 
+@pytest.mark.parametrize("name", ["betas", "trials/run", "images/ids", "normalisation/all/mean"])
+def test_a_group_in_place_of_a_dataset_is_named(copy, name):
+    with h5py.File(copy, "r+") as file:
+        del file[name]
+        file.create_group(name)
+    with pytest.raises(StoreError, match=f"/{name}: is a group where a dataset is expected"):
+        SubjectStore.open(copy)
+
+
 def test_missing_and_truncated_stores(copy, tmp_path):
     with pytest.raises(StoreError, match=r"none\.h5: no such file"):
         SubjectStore.open(tmp_path / "none.h5")
     copy.write_bytes(copy.read_bytes()[:9000])
-    with pytest.raises(StoreError, match=r"copy\.h5: not a readable HDF5 file"):
+    with pytest.raises(StoreError, match=r"copy\.h5: is damaged or truncated"):
         SubjectStore.open(copy)
 
 

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chasm import metrics
+from chasm.errors import ConfigError
 from chasm.evaluation.bootstrap import (
     TargetSums,
     image_means,
@@ -28,6 +29,12 @@ def test_counts_are_resamples_with_replacement():
     assert counts.var() == pytest.approx(36 / 37, rel=0.02)
     np.testing.assert_array_equal(counts, resample_counts(37, 4000, seed=5))
     assert not np.array_equal(counts, resample_counts(37, 4000, seed=6))
+
+
+@pytest.mark.parametrize("n_boot", [-1, 1, 99])
+def test_too_few_resamples_are_refused(predictions, n_boot):
+    with pytest.raises(ConfigError, match=r"--n-boot: .*0 for no intervals or at least 100"):
+        score(predictions(), n_boot=n_boot)
 
 
 def naive_resamples(prediction, target, train_mean, counts, pearson):
@@ -111,7 +118,7 @@ def test_paired_differences_use_the_same_resamples(predictions):
     file = predictions()
     twin = type(file.rows["ridge"])(file.rows["ridge"].values, "model")
     file.rows["twin"] = twin
-    frame = score(file, n_boot=50).frame
+    frame = score(file, n_boot=100).frame
     part = frame[(frame["row"] == "twin") & frame["value"].notna() & (frame["kind"] == "model")]
     assert (part["best_baseline"] == "ridge").all()
     assert (part[["difference", "difference_low", "difference_high"]].to_numpy() == 0).all()

@@ -32,6 +32,25 @@ def test_a_file_gives_back_what_was_written(tmp_path, predictions):
     )
     np.testing.assert_array_equal(read.units.size, written.units.size)
     assert read.targets["top_p"].ncsnr is None
+    assert read.targets["top_p"].rows == {}
+
+
+def test_a_target_keeps_the_rows_fitted_to_it(tmp_path, predictions):
+    file = predictions()
+    own = PredictionRow(file.target + 1, "baseline", 5, {"alpha": 2.0}, "top_p")
+    other = replace(file.targets["top_p"], ncsnr=file.units.ncsnr, rows={"ridge": own})
+    model = replace(file.rows["stage 1"], trained_on="top_p")
+    file = replace(file, targets={"top_p": other}, rows={**file.rows, "stage 1": model})
+    read = PredictionFile.read(file.write(tmp_path / "p.h5"))
+    assert {name: row.trained_on for name, row in read.rows.items()} == {
+        "ridge": "target", "linear probe (CLS)": "target", "stage 1": "top_p",
+    }  # fmt: skip
+    (found,) = read.targets["top_p"].rows.values()
+    assert (found.kind, found.n_parameters, found.details, found.trained_on) == (
+        "baseline", 5, {"alpha": 2.0}, "top_p",
+    )  # fmt: skip
+    np.testing.assert_array_equal(found.values, np.float32(own.values))
+    np.testing.assert_array_equal(read.targets["top_p"].ncsnr, np.float32(file.units.ncsnr))
 
 
 def test_optional_parts_may_be_absent(tmp_path, predictions):
@@ -60,6 +79,19 @@ def reserved(file):
     return {"rows": {"mean pattern": PredictionRow(file.target, "baseline")}}
 
 
+def own_row(file, name, values):
+    row = PredictionRow(values, "baseline", trained_on="top_p")
+    return {"targets": {"top_p": replace(file.targets["top_p"], rows={name: row})}}
+
+
+def unknown_own_row(file):
+    return own_row(file, "lasso", file.target)
+
+
+def bad_own_row(file):
+    return own_row(file, "ridge", file.target[:, 1:])
+
+
 def no_trials(file):
     return {"repeats": np.zeros_like(file.repeats)}
 
@@ -72,6 +104,8 @@ def no_trials(file):
         (bad_shape, r"/predictions/ridge: shape \(60, 39\), expected \(60, 40\)"),
         (reserved, "cannot be used for a row"),
         (no_trials, "without a trial"),
+        (unknown_own_row, r"/targets/top_p/predictions/lasso: there is no row of this name"),
+        (bad_own_row, r"/targets/top_p/predictions/ridge: shape \(60, 39\)"),
     ],
 )
 def test_bad_content_is_named(predictions, change, message):

@@ -9,10 +9,11 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from chasm.errors import DataError
+from chasm.errors import ConfigError, DataError
 from chasm.evaluation import evaluate, figures, tables
 from chasm.evaluation.catalogue import PUBLISHED
-from chasm.evaluation.report import is_current, summary, write_report
+from chasm.evaluation.predictions import Membership
+from chasm.evaluation.report import summary, write_report
 from chasm.evaluation.scores import score
 
 VOID = {"meta", "img", "br", "link", "path", "use", "rect"}
@@ -78,7 +79,7 @@ def test_evaluate_writes_everything_once(tmp_path, predictions, volume, metrics_
     out = tmp_path / "report"
     extra = {"seed": 7, "versions": {"torch": "2.15.0"}, "note": "<script>alert(1)</script>"}
     scores = evaluate(
-        path, out, n_boot=30, metrics_csv=metrics_csv, provenance=extra, volume=volume
+        path, out, n_boot=100, metrics_csv=metrics_csv, provenance=extra, volume=volume
     )
     assert sorted(p.name for p in out.iterdir()) == [
         "report.html", "scores.csv", "scores.json", "table.md",
@@ -100,12 +101,42 @@ def test_evaluate_writes_everything_once(tmp_path, predictions, volume, metrics_
     assert len(csv) == len(scores.frame)
     np.testing.assert_allclose(csv["value"], scores.frame["value"].astype(float), rtol=1e-5)
 
-    before = {p: p.stat().st_mtime_ns for p in out.iterdir()}
-    evaluate(path, out, n_boot=30)
-    assert before == {p: p.stat().st_mtime_ns for p in out.iterdir()}
-    assert not is_current(path, out, n_boot=31)
-    predictions(seed=1).write(path)
-    assert not is_current(path, out, n_boot=30)
+
+def test_a_report_is_written_again_when_what_it_is_made_from_changed(
+    tmp_path, predictions, metrics_csv
+):
+    small = {"n_images": 12, "n_units": 8, "membership": {}, "targets": {}}
+    path = predictions(**small).write(tmp_path / "predictions.h5")
+    out = tmp_path / "report"
+    given = {"n_boot": 100, "metrics_csv": metrics_csv, "provenance": {"seed": 7}}
+
+    def written(**changes):
+        """Whether a call wrote the four files again."""
+        before = {p: p.stat().st_mtime_ns for p in out.iterdir()}
+        evaluate(path, out, **{**given, **changes})
+        after = {p: p.stat().st_mtime_ns for p in out.iterdir()}
+        changed = {p.name for p, time in after.items() if before[p] != time}
+        assert len(changed) in (0, 4)
+        return bool(changed)
+
+    evaluate(path, out, **given)
+    assert not written()
+    assert written(fresh=True)
+    assert written(n_boot=101)
+    assert written()
+    assert written(provenance={"seed": 8})
+    assert written()
+    metrics_csv.write_text(metrics_csv.read_text() + "6,12,0.1,0.1,0.7\n")
+    assert written()
+    predictions(seed=1, **small).write(path)
+    assert written()
+    for garbage in (b"{", b"\xff\xfe\x00", b"null"):
+        (out / "scores.json").write_bytes(garbage)
+        assert written()
+    assert not written()
+    with pytest.raises(ConfigError, match="at least 100"):
+        evaluate(path, out, n_boot=99)
+    assert not written()
 
 
 def test_a_page_without_atlas_ceiling_model_or_map(tmp_path, predictions):
@@ -115,7 +146,7 @@ def test_a_page_without_atlas_ceiling_model_or_map(tmp_path, predictions):
     info = replace(file.info, simulated=False, weights_label="UNTRAINED", config="")
     file = replace(file, rows=rows, units=units, info=info)
     out = write_report(
-        file.write(tmp_path / "p.h5"), tmp_path / "r.html", scores=score(file, n_boot=10)
+        file.write(tmp_path / "p.h5"), tmp_path / "r.html", scores=score(file, n_boot=100)
     )
     page = Page(out.read_text())
     assert "SIMULATED" not in page.text
@@ -136,7 +167,7 @@ def test_only_simulated_scores_are_called_simulated(predictions):
 
 
 def test_markdown_tables_are_rectangular_and_hold_the_numbers(predictions):
-    scores = score(predictions(), n_boot=20)
+    scores = score(predictions(), n_boot=100)
     text = tables.markdown(scores)
     for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.M):
         assert len({line.count("|") for line in block.splitlines()}) == 1
@@ -151,9 +182,31 @@ def test_markdown_tables_are_rectangular_and_hold_the_numbers(predictions):
     assert "Constant, so without a correlation and left out: mean pattern: 40 parcels" in text
 
 
+def test_a_table_says_what_its_rows_were_trained_on_and_how_the_baseline_is_chosen(predictions):
+    file = predictions()
+    own = replace(file.rows["ridge"], values=file.rows["ridge"].values + 0.2, trained_on="top_p")
+    model = replace(file.rows["stage 1"], trained_on="top_p")
+    plain = tables.markdown(score(file, n_boot=0))
+    file = replace(
+        file,
+        rows={**file.rows, "stage 1": model},
+        targets={"top_p": replace(file.targets["top_p"], rows={"ridge": own})},
+    )
+    text = tables.markdown(score(file, n_boot=0))
+    mixed = "Trained on plain parcel means: ridge, linear probe (CLS); on top-p parcel means: "
+    assert f"{mixed}stage 1." in text
+    tail = text[text.index("Scores against top-p parcel means") :]
+    assert (
+        "Trained on top-p parcel means: ridge, stage 1; on plain parcel means: linear probe (CLS)."
+    ) in tail
+    # Nothing to say where every row was trained on what it is scored against.
+    assert "Trained on" not in plain[: plain.index("Scores against top-p")]
+    assert plain.count("the intervals do not include that choice") == 1
+
+
 def test_terminal_table_is_not_cut(predictions):
     buffer = io.StringIO()
-    tables.show(score(predictions(), n_boot=20), Console(file=buffer, width=80))
+    tables.show(score(predictions(), n_boot=100), Console(file=buffer, width=80))
     text = buffer.getvalue()
     assert "…" not in text
     assert re.search(r"stage 1 .*0\.\d{3}", text)
@@ -172,13 +225,34 @@ def test_summary_says_when_the_test_does_not_decide(predictions):
     assert "do not tell the two apart" in again
 
 
+def test_areas_of_two_atlases_stand_under_their_atlas(predictions):
+    file = predictions()
+    membership = {**file.membership, "Kastner2015": file.membership["prf-visualrois"]}
+    membership["nsdgeneral"] = Membership(file.units.size[:, None], ("nsdgeneral",))
+    scores = score(replace(file, membership=membership), n_boot=0)
+    axes = figures.region_figure(scores).axes[0]
+    regions = {height: tick.get_text() for height, tick in zip(
+        axes.get_yticks(), axes.get_yticklabels(), strict=True)}  # fmt: skip
+    headings = {text.get_text(): text.xy[1] for text in axes.texts}
+    assert list(headings) == ["streams", "prf-visualrois", "Kastner2015"]
+    for atlas in ("prf-visualrois", "Kastner2015"):
+        below = sorted(height for height in regions if height > headings[atlas])
+        assert [regions[h] for h in below][:7] == ["V1v", "V1d", "V2v", "V2d", "V3v", "V3d", "hV4"]
+    grid = tables.region_grid(scores, "noise_normalised_r2")
+    v1 = [line.cells[0] for line in grid.lines if line.label == "V1v"]
+    assert (grid.columns[0], v1) == ("Atlas", ["prf-visualrois", "Kastner2015"])
+    assert "nsdgeneral" not in {*regions.values(), *(line.label for line in grid.lines)}
+
+
 def test_figures_show_what_is_there(predictions, metrics_csv, tmp_path, volume):
-    scores = score(predictions(), n_boot=20)
+    scores = score(predictions(), n_boot=100)
     assert list(figures.compared_rows(scores)) == ["ridge", "stage 1"]
     axes = figures.region_figure(scores).axes[0]
     labels = [tick.get_text() for tick in axes.get_yticklabels()]
     assert labels[:4] == ["all", "Early", "Mid", "Higher"]
     assert {"V1v", "hV4", "parietal"} <= set(labels)
+    headings = [text.get_text() for text in axes.texts]
+    assert headings == ["streams", "prf-visualrois"]
     names = [
         axis.get_title(loc="left") for f in figures.training_figures(metrics_csv) for axis in f.axes
     ]

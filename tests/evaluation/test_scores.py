@@ -63,6 +63,8 @@ def test_unit_metrics_agree_with_scipy_voxel_by_voxel(predictions, mixed):
         found = value(scores, "noise ceiling", "voxelwise_correlation_mean", region)
         assert found == pytest.approx(np.sqrt(ceiling).mean())
         assert value(scores, "noise ceiling", "noise_normalised_r2", region) == 1
+        noise = repeated(file.target.var(axis=0) * (1 - nc), weights).mean()
+        assert value(scores, "noise ceiling", "mse", region) == pytest.approx(noise)
         assert value(scores, "ridge", "r2", region, column="mean_nc") == pytest.approx(
             ceiling.mean()
         )
@@ -132,7 +134,7 @@ def test_identification_leaves_constant_patterns_out_and_is_at_chance_without_th
 
 
 def test_the_mean_pattern_scores_nothing_but_pattern_correlation(predictions):
-    scores = score(predictions(), n_boot=20)
+    scores = score(predictions(), n_boot=100)
     assert value(scores, "mean pattern", "pattern_correlation") > 0.05
     assert value(scores, "mean pattern", "r2") == 0
     assert value(scores, "mean pattern", "noise_normalised_r2") == 0
@@ -160,7 +162,7 @@ def test_constant_units_are_counted_and_left_out(predictions):
     prediction[:, :3] = 0.25
     rows = {"stage 1": PredictionRow(prediction, "model")}
     changed, whole = (
-        score(predictions(rows=r), n_boot=10) for r in (rows, {"stage 1": file.rows["stage 1"]})
+        score(predictions(rows=r), n_boot=100) for r in (rows, {"stage 1": file.rows["stage 1"]})
     )
     assert value(changed, "stage 1", "voxelwise_correlation_mean", column="left_out") == 3
     assert value(changed, "stage 1", "r2", column="left_out") == 0
@@ -185,7 +187,7 @@ def test_noise_normalised_scores_use_only_units_above_the_threshold(predictions)
 def test_without_a_ceiling_nothing_is_normalised(predictions):
     file = predictions()
     units = type(file.units)(file.units.size, np.full(40, np.nan), file.units.position)
-    scores = score(predictions(units=units, repeat_targets=None), n_boot=10)
+    scores = score(predictions(units=units, repeat_targets=None), n_boot=100)
     assert "noise ceiling" not in set(scores.frame["row"])
     assert np.isnan(value(scores, "stage 1", "noise_normalised_r2"))
     # The best baseline is then the one with the best R².
@@ -194,7 +196,7 @@ def test_without_a_ceiling_nothing_is_normalised(predictions):
 
 def test_alternative_targets_have_their_own_mean_and_no_borrowed_ceiling(predictions):
     file = predictions()
-    scores = score(file, n_boot=10)
+    scores = score(file, n_boot=100)
     assert list(scores.frame["target"].unique()) == ["target", "top_p"]
     other = file.targets["top_p"]
     expected = np.mean(np.average((other.values - other.train_mean) ** 2, axis=0, weights=None)
@@ -202,6 +204,57 @@ def test_alternative_targets_have_their_own_mean_and_no_borrowed_ceiling(predict
     assert value(scores, "mean pattern", "mse", target="top_p") == pytest.approx(expected)
     assert np.isnan(value(scores, "ridge", "noise_normalised_r2", target="top_p"))
     assert "noise ceiling" not in set(scores.frame.loc[scores.frame["target"] == "top_p", "row"])
+
+
+def test_rows_fitted_to_a_target_are_scored_there_and_only_there(predictions):
+    """An offset between two targets must not count as an error of a row fitted to each."""
+    from dataclasses import replace
+
+    file = predictions()
+    ridge = file.rows["ridge"]
+    own = replace(ridge, values=ridge.values + 0.2, trained_on="top_p")
+    top_p = replace(file.targets["top_p"], rows={"ridge": own})
+    plain, fitted = (
+        score(replace(file, targets={"top_p": target}), n_boot=100)
+        for target in (file.targets["top_p"], top_p)
+    )
+    for metric in ("r2", "mse"):
+        main = value(plain, "ridge", metric)
+        assert value(fitted, "ridge", metric) == main
+        assert value(fitted, "ridge", metric, target="top_p") == pytest.approx(main)
+        # The probe was not fitted to the target, so it carries the offset of .2 as an error.
+        own, borrowed = (
+            value(fitted, "linear probe (CLS)", metric, target=t) for t in ("target", "top_p")
+        )
+        assert abs(own - borrowed) > 0.01
+    assert value(fitted, "ridge", "r2", target="top_p", column="trained_on") == "top_p"
+    assert value(fitted, "ridge", "r2", column="trained_on") == "target"
+    assert value(fitted, "mean pattern", "r2", target="top_p", column="trained_on") == "top_p"
+
+
+def test_the_mean_pattern_is_the_best_baseline_where_no_other_beats_it(predictions):
+    file = predictions()
+    rows = {
+        "ridge": PredictionRow(-2 * file.rows["ridge"].values, "baseline"),
+        "stage 1": file.rows["stage 1"],
+    }
+    for kept in (rows, {"stage 1": rows["stage 1"]}):
+        scores = score(predictions(rows=kept), n_boot=100)
+        assert (scores.frame["best_baseline"] == "mean pattern").all()
+        found = value(scores, "stage 1", "r2", column="difference")
+        assert found == value(scores, "stage 1", "r2")
+        assert np.isnan(
+            value(scores, "stage 1", "pattern_correlation_centred", column="difference")
+        )
+
+
+def test_the_mask_is_no_roi(predictions):
+    file = predictions()
+    counts = file.units.size[:, None]
+    for inside, expected in ((counts, 0), (counts - (np.arange(40) == 3)[:, None], 1)):
+        mask = Membership(inside, ("nsdgeneral",))
+        regions = make_regions(file.units, {**file.membership, "nsdgeneral": mask})
+        assert sum(region.atlas == "nsdgeneral" for region in regions) == expected
 
 
 def test_ideal_observer_is_at_one_within_its_interval():
@@ -258,7 +311,7 @@ def test_regions_follow_the_voxels(predictions):
 
 def test_every_row_has_every_metric_and_scoring_is_deterministic(predictions):
     file = predictions()
-    first, second = (score(file, n_boot=40, seed=3).frame for _ in range(2))
+    first, second = (score(file, n_boot=100, seed=3).frame for _ in range(2))
     assert first.equals(second)
     part = first[(first["target"] == "target") & (first["region"] == "all")]
     assert set(part["metric"]) == set(METRICS)

@@ -1,16 +1,20 @@
 """Backbones: what the tokens mean, where weights come from, and what is refused."""
 
 import hashlib
+import logging
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 from scipy import stats
 
-from chasm.errors import ConfigError
+from chasm.errors import CacheError, ConfigError
 from chasm.features.backbones import (
     BackboneSpec,
     create_backbone,
@@ -18,8 +22,11 @@ from chasm.features.backbones import (
     resize_images,
     resolve_layers,
 )
+from chasm.features.extract import _require_float16
+from chasm.training.recipes import Recipe
 
 TINY = "vit_tiny_patch16_224"
+SMOKE = Path(__file__).parents[2] / "experiments/smoke.yaml"
 GRID, SCALES, ORIENTATIONS = 8, 5, 6
 
 
@@ -316,9 +323,49 @@ def test_unreachable_hub_is_one_line(monkeypatch):
         raise LocalEntryNotFoundError("Cannot find the file.\nAnd a second line.")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(ConfigError, match=r"--weights FILE.*untrained.*pyramid") as caught:
+    with pytest.raises(ConfigError, match=r"weights FILE.*untrained.*pyramid") as caught:
         create_backbone(BackboneSpec(TINY, "pretrained"))
     assert "\n" not in str(caught.value)
+    _options_exist(caught.value.remedy, 3)
+
+
+def _options_exist(remedy, at_least):
+    """Parse every option that a remedy suggests as the command line would."""
+    values = {"cls_layers": "[1,2]", "patch_layers": "[1]", "weights": "FILE", "model": "pyramid"}
+    options = re.findall(r"`(--\S+?)(?: (\S+?))?`", remedy)
+    assert len(options) >= at_least
+    for option, value in options:
+        field = option.rpartition(".")[2]
+        value = value or values[field]
+        parsed = Recipe(["-c", str(SMOKE), option, value]).settings()
+        assert parsed["data"]["backbone"][field] == yaml.safe_load(value)
+
+
+def test_remedies_name_options_that_exist(tmp_path, monkeypatch):
+    for wrong, count in (
+        (BackboneSpec("vit_tiny_patch16_225"), 1),
+        (BackboneSpec("resnet18", "untrained"), 2),
+        (BackboneSpec(TINY, str(tmp_path / "none.pth")), 1),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            create_backbone(wrong)
+        _options_exist(caught.value.remedy, count)
+    with pytest.raises(CacheError) as too_large:
+        _require_float16(torch.full((1, 2), 1e6), "x", np.array([0]))
+    _options_exist(too_large.value.remedy, 2)
+
+
+def test_the_hubs_retries_are_not_logged(monkeypatch, caplog):
+    def offline(*_args, **_options):
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+        raise LocalEntryNotFoundError("Cannot find the file.")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    level = logging.getLogger("huggingface_hub").level
+    with pytest.raises(ConfigError):
+        create_backbone(BackboneSpec(TINY, "pretrained"))
+    assert "Retry" not in caplog.text
+    assert logging.getLogger("huggingface_hub").level == level
 
 
 def test_matching_specs_without_building(pyramid, vit):

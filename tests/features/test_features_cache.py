@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,7 +86,8 @@ def test_cache_holds_what_the_backbone_says(filled):
     filled.verify()
 
 
-def test_only_missing_images_are_computed(tmp_path):
+def test_only_missing_images_are_computed(tmp_path, monkeypatch):
+    monkeypatch.setattr(extraction, "PIXEL_SAMPLE", 0)
     log = tmp_path / "log"
     some = np.array([90, 3, 17, 18, 3])
     cache = extract(Images(log), TinyBackbone(), some, tmp_path, batch_size=2)
@@ -96,10 +98,13 @@ def test_only_missing_images_are_computed(tmp_path):
     assert reads == Counter(ALL.tolist())
 
 
-def test_complete_cache_returns_without_reading_images(filled, tmp_path):
+def test_complete_cache_reads_a_sample_of_images_only(filled, tmp_path, monkeypatch):
+    monkeypatch.setattr(extraction, "_compute", None)  # a call would raise
     log = tmp_path / "log"
     again = extract(Images(log), TinyBackbone(), ALL, tmp_path / "tokens")
-    assert not log.exists()
+    read = {int(line.split()[1]) for line in log.read_text().splitlines()}
+    assert len(read) == extraction.PIXEL_SAMPLE < N_IMAGES
+    assert {0, N_IMAGES - 1} <= read
     assert again.folder == filled.folder
 
 
@@ -107,6 +112,70 @@ def test_fresh_computes_again(filled, tmp_path):
     flip_byte(filled.folder / CLS, 7)
     again = extract(Images(), TinyBackbone(), ALL, tmp_path / "tokens", fresh=True)
     again.verify(ALL)
+
+
+def test_fresh_keeps_the_tokens_of_other_images(filled, tmp_path):
+    row = filled.patches[0].nbytes
+    flip_byte(filled.folder / PATCHES, 20 * row)
+    flip_byte(filled.folder / PATCHES, 70 * row)
+    log, wanted = tmp_path / "log", np.array([3, 20, 40])
+    again = extract(Images(log), TinyBackbone(), wanted, tmp_path / "tokens", fresh=True)
+    assert sorted(int(line.split()[1]) for line in log.read_text().splitlines()) == [3, 20, 40]
+    assert not again.missing(ALL).size
+    again.verify(ALL[ALL != 70])
+    with pytest.raises(CacheError, match="image 70 "):
+        again.verify(ALL)
+
+
+@pytest.mark.parametrize("damage", ["manifest", "size"])
+def test_fresh_makes_an_unusable_cache_anew(filled, tmp_path, damage):
+    if damage == "manifest":
+        (filled.folder / MANIFEST).write_bytes(b"\xff{")
+    else:
+        os.truncate(filled.folder / PATCHES, 10)
+    with pytest.raises(CacheError, match="--fresh"):
+        extract(Images(), TinyBackbone(), ALL[:3], tmp_path / "tokens")
+    made = extract(Images(), TinyBackbone(), ALL[:3], tmp_path / "tokens", fresh=True)
+    made.verify(ALL[:3])
+    assert made.missing(ALL).size == N_IMAGES - 3
+
+
+def test_extract_reports_damaged_tokens(filled, tmp_path):
+    flip_byte(filled.folder / CLS, 50 * filled.cls[0].nbytes)
+    with pytest.raises(CacheError, match=rf"{CLS}.*image 50 .*--fresh"):
+        extract(Images(), TinyBackbone(), ALL, tmp_path / "tokens")
+    extract(Images(), TinyBackbone(), ALL[ALL != 50], tmp_path / "tokens")
+
+
+class Repainted(Images):
+    """The same source (same fingerprint), some of whose images have other pixels now."""
+
+    def __init__(self, changed):
+        super().__init__()
+        self.changed = changed
+
+    def read(self, image_ids):
+        images = super().read(image_ids)
+        return [255 - p if i in self.changed else p for i, p in zip(image_ids, images, strict=True)]
+
+
+def test_changed_pixels_are_noticed(filled, tmp_path):
+    with pytest.raises(CacheError, match=r"2 of 2 sampled .* images 7, 30\. .*--fresh"):
+        extract(Repainted({7, 30}), TinyBackbone(), np.array([7, 30]), tmp_path / "tokens")
+    with pytest.raises(CacheError, match=r"32 of 32 sampled .* images 0, .* …\."):
+        extract(Repainted(set(ALL)), TinyBackbone(), ALL, tmp_path / "tokens")
+    extract(Repainted({7}), TinyBackbone(), ALL[ALL != 7], tmp_path / "tokens")
+    again = extract(Repainted({7}), TinyBackbone(), ALL[:9], tmp_path / "tokens", fresh=True)
+    extraction.check_pixels(again, Repainted({7}), ALL[:9])
+    with pytest.raises(CacheError, match="1 of 9 sampled"):
+        extraction.check_pixels(again, Images(), ALL[:9])
+
+
+def test_changed_pixels_are_noticed_before_an_unfinished_cache_goes_on(tmp_path):
+    extract(Images(), TinyBackbone(), ALL[:20], tmp_path)
+    with pytest.raises(CacheError, match="images 5"):
+        extract(Repainted({5}), TinyBackbone(), ALL[:25], tmp_path)
+    assert TokenCache.open(next(tmp_path.glob("tiny-*"))).missing(ALL).size == N_IMAGES - 20
 
 
 def test_two_processes_end_complete_and_compute_nothing_twice(tmp_path):
@@ -236,7 +305,7 @@ def test_unreadable_manifest_is_refused(filled):
     (filled.folder / MANIFEST).write_text("{")
     with pytest.raises(CacheError, match="JSON"):
         TokenCache.open(filled.folder)
-    (filled.folder / MANIFEST).write_text('{"format": "chasm-token-cache", "format_version": 1}')
+    (filled.folder / MANIFEST).write_text('{"format": "chasm-token-cache", "format_version": 2}')
     with pytest.raises(CacheError, match="images"):
         TokenCache.open(filled.folder)
 
@@ -275,6 +344,44 @@ def test_find_by_spec(tmp_path):
     other = BackboneSpec("vit_tiny_patch16_224", "untrained", 32, (11,), (-1,))
     assert TokenCache.find(tmp_path, Images.fingerprint, other) is None
     assert TokenCache.find(tmp_path / "nothing", Images.fingerprint, spec) is None
+
+
+def _spoil(folder, how):
+    manifest = folder / MANIFEST
+    if how == "newer":
+        _edit(manifest, format_version=99)
+    elif how == "older":
+        _edit(manifest, format_version=1)
+    else:
+        manifest.write_bytes(b"\xff not json")
+
+
+@pytest.mark.parametrize("how", ["newer", "unreadable", "older"])
+def test_find_skips_what_is_not_looked_for(tmp_path, how, caplog):
+    spec = BackboneSpec("vit_tiny_patch16_224", "untrained", 32)
+    made = extract(Images(), create_backbone(spec), ALL[:2], tmp_path)
+    other = extract(Images(), TinyBackbone(), ALL[:2], tmp_path)
+    _spoil(other.folder, how)
+    assert TokenCache.find(tmp_path, Images.fingerprint, spec).folder == made.folder
+    assert other.folder.name in caplog.text
+    assert TokenCache.find(tmp_path, "other-images", spec) is None
+
+
+@pytest.mark.parametrize("how", ["newer", "unreadable"])
+def test_find_names_a_remedy_that_works(tmp_path, how):
+    spec = BackboneSpec("vit_tiny_patch16_224", "untrained", 32)
+    made = extract(Images(), create_backbone(spec), ALL[:2], tmp_path)
+    _spoil(made.folder, how)
+    with pytest.raises(CacheError, match=rf"{made.folder.name}.*Delete this folder"):
+        TokenCache.find(tmp_path, Images.fingerprint, spec)
+    shutil.rmtree(made.folder)
+    assert TokenCache.find(tmp_path, Images.fingerprint, spec) is None
+
+
+def test_find_does_not_use_or_mind_an_older_format(tmp_path):
+    spec = BackboneSpec("vit_tiny_patch16_224", "untrained", 32)
+    _spoil(extract(Images(), create_backbone(spec), ALL[:2], tmp_path).folder, "older")
+    assert TokenCache.find(tmp_path, Images.fingerprint, spec) is None
 
 
 def test_unreadable_image_keeps_what_is_finished(tmp_path):

@@ -53,8 +53,8 @@ def test_one_command_goes_from_nothing_to_a_table_and_a_report(workspace):
     ):  # fmt: skip
         assert (result / name).is_file(), name
     assert "SIMULATED" in (result / "report" / "report.html").read_text()
-    shown = done.stdout.replace("\n", "")
-    assert "report.html" in shown
+    report = done.stdout.splitlines()[-1].removeprefix("Report: ")
+    assert (folder / report).is_file()
     scores = pd.read_csv(result / "report" / "scores.csv")
     assert {"stage 1", "ridge", "mean pattern", "noise ceiling"} <= set(scores["row"])
 
@@ -185,9 +185,10 @@ def test_a_corrupted_token_cache_is_named(toy_dataset, tiny_recipe, tmp_path, ca
     folder = tmp_path / "toy"
     shutil.copytree(toy_dataset, folder)
     (patches,) = folder.rglob("patches.f16")
+    from chasm.data.splits import make_split
     from chasm.data.store import SubjectStore
 
-    image = int(SubjectStore.open(folder / "subj01.h5").images.ids[0])
+    image = int(make_split(SubjectStore.open(folder / "subj01.h5"), "clean").train[0])
     store_like = np.memmap(patches, np.uint8, "r+")
     from chasm.features.cache import TokenCache
 
@@ -210,3 +211,40 @@ def test_a_store_of_a_newer_format_is_named(toy_dataset, tiny_recipe, tmp_path, 
     assert status == 2
     assert "subj01.h5" in said.err
     assert "99" in said.err
+
+
+def test_extract_reports_a_damaged_cache_and_fresh_mends_it(
+    toy_dataset, tiny_recipe, tmp_path, capsys
+):
+    folder = tmp_path / "toy"
+    shutil.copytree(toy_dataset, folder)
+    (patches,) = folder.rglob("patches.f16")
+    stored = np.memmap(patches, np.uint8, "r+")
+    place = int(np.flatnonzero(stored)[0])
+    stored[place] ^= 0xFF
+    stored.flush()
+    args = ["extract", *tiny_recipe, "--data.dataset_dir", folder]
+    status, said = run(args, capsys)
+    assert status == 2
+    assert "patches.f16" in said.err
+    assert run([*args, "--fresh"], capsys)[0] == 0
+    assert run(args, capsys)[0] == 0
+    (whole,) = toy_dataset.rglob("patches.f16")
+    assert patches.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("extra", [["--sim-seed", "9"], ["--size", "toy"], ["--mask", "streams"]])
+def test_options_without_effect_are_refused(extra, capsys):
+    status, said = run(["run", "-c", SMOKE, *extra], capsys)
+    assert status == 2
+    assert "--simulate" in said.err or "--nsd" in said.err
+
+
+def test_a_real_tree_never_lands_among_the_simulated_stores(
+    toy_tree, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    status, _ = run(["run", "-c", SMOKE, "--nsd", toy_tree, "--n-boot", "100"], capsys)
+    assert status == 0
+    assert (tmp_path / "data" / toy_tree.name / "subj01.h5").is_file()
+    assert not (tmp_path / "data" / "simulated").exists()

@@ -5,10 +5,15 @@ from sklearn.linear_model import Ridge
 from chasm.errors import ConfigError, DataError
 from chasm.models.baselines import (
     LinearEncoder,
-    fit_baselines,
+    baseline_kernels,
+    fit_to_kernels,
     image_folds,
-    linear_kernels,
 )
+from chasm.models.kernels import linear_kernels
+
+
+def fit_afresh(tokens, train, test, targets):
+    return fit_to_kernels(baseline_kernels(tokens, train, test), targets, train)
 
 
 def make_world(n_train=80, n_test=30, n_units=6, seed=0, noise=0.5):
@@ -105,7 +110,7 @@ def test_banded_ridge_equals_the_best_naive_mixture():
 
 def test_every_baseline_is_fitted_and_each_stream_predicts_its_own_units():
     tokens, train, test, targets = make_world(n_train=150, n_units=8)
-    rows = fit_baselines(tokens, train, test, targets[train])
+    rows = fit_afresh(tokens, train, test, targets[train])
     assert list(rows) == ["ridge", "ridge (patches)", "banded ridge", "linear probe (CLS)"]
 
     def r2(name):
@@ -119,9 +124,24 @@ def test_every_baseline_is_fitted_and_each_stream_predicts_its_own_units():
     assert r2("banded ridge").mean() >= r2("ridge").mean() - 0.01
     shares = rows["banded ridge"].details["mean_share"]
     assert sum(shares) == pytest.approx(1.0, abs=1e-4)
-    again = fit_baselines(tokens, train, test, targets[train])
+    again = fit_afresh(tokens, train, test, targets[train])
     for name, row in rows.items():
         np.testing.assert_array_equal(row.values, again[name].values)
+
+
+def test_the_same_kernels_serve_several_targets():
+    tokens, train, test, targets = make_world()
+    kernels = baseline_kernels(tokens, train, test)
+    before = {name: (found.train.copy(), found.test.copy()) for name, found in kernels.items()}
+    for shifted in (targets, 3 * targets[:, ::-1] + 10):
+        found = fit_to_kernels(kernels, shifted[train], train)
+        expected = fit_afresh(tokens, train, test, shifted[train])
+        for name, row in expected.items():
+            np.testing.assert_array_equal(found[name].values, row.values)
+            assert found[name].details == row.details
+    for name, (in_train, in_test) in before.items():
+        np.testing.assert_array_equal(kernels[name].train, in_train)
+        np.testing.assert_array_equal(kernels[name].test, in_test)
 
 
 def test_folds_keep_the_rows_of_an_image_together():
@@ -138,7 +158,7 @@ def test_folds_keep_the_rows_of_an_image_together():
 
 def test_a_handful_of_images_still_fits():
     tokens, train, test, targets = make_world(n_train=20)
-    rows = fit_baselines(tokens, train, test, targets[train])
+    rows = fit_afresh(tokens, train, test, targets[train])
     assert all(np.isfinite(row.values).all() for row in rows.values())
 
 

@@ -156,14 +156,15 @@ def test_no_test_response_reaches_training(tiny_recipe, toy_dataset, tmp_path, v
 
 
 def test_no_test_response_reaches_a_ridge_penalty(tiny_recipe, toy_dataset, tmp_path):
-    from chasm.models.baselines import fit_baselines
+    from chasm.models.baselines import baseline_kernels, fit_to_kernels
 
     def predictions(folder):
         data = Recipe([*tiny_recipe, "--data.dataset_dir", str(folder)]).make_data()
         train = data.dataset("train")
         tokens = {"cls": data.tokens.cls, "patches": data.tokens.patches}
         betas = train.betas(range(len(train)))
-        return fit_baselines(tokens, train.image_ids, data.data_split.test, betas)
+        kernels = baseline_kernels(tokens, train.image_ids, data.data_split.test)
+        return fit_to_kernels(kernels, betas, train.image_ids)
 
     poisoned = poison(toy_dataset, tmp_path / "poisoned" / "toy", np.nan)
     for name, found in predictions(toy_dataset).items():

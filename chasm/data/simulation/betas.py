@@ -113,7 +113,8 @@ def session_betas(
 def write_session(path: Path, config: SimulationConfig, cortex: Cortex, betas: np.ndarray) -> None:
     """Write (brain voxels, trials) int16 betas as NSD does; the file appears when whole.
 
-    HDF5: `betas` (trials, Z, Y, X), chunks (trials, 1, 1, 1), no compression. NIfTI:
+    HDF5: `betas` (trials, Z, Y, X), chunks (trials, 1, 1, 1), no compression; unlike NSD's, the
+    file has an attribute `simulated`. NIfTI:
     (X, Y, Z, trials). Zeros outside the brain.
     """
     with atomic_path(path) as temporary:
@@ -132,6 +133,7 @@ def _write_hdf5(path: Path, cortex: Cortex, betas: np.ndarray, all_chunks: bool)
     row_of = row_of.transpose(2, 1, 0)
     empty = np.zeros(n_trials, np.int16).tobytes()
     with h5py.File(path, "w") as file:
+        file.attrs["simulated"] = True
         dataset = file.create_dataset(
             "betas", (n_trials, *row_of.shape), np.int16, chunks=(n_trials, 1, 1, 1)
         )
@@ -145,7 +147,7 @@ def read_voxels(path: Path, cortex: Cortex, rows: np.ndarray) -> np.ndarray:
     """Read the betas of some brain voxels from a session file, (rows, trials) int16."""
     voxels = cortex.brain[rows]
     if path.suffix == ".hdf5":
-        with h5py.File(path, "r") as file:
+        with h5py.File(path, "r", locking=False) as file:
             dataset = file["betas"]
             raw = [
                 dataset.id.read_direct_chunk((0, int(z), int(y), int(x)))[1] for x, y, z in voxels

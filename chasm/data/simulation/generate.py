@@ -28,7 +28,7 @@ from chasm.data.simulation.responses import (
     make_signal,
     make_tuning,
 )
-from chasm.data.simulation.truth import truth_paths, write_truth
+from chasm.data.simulation.truth import write_truth
 from chasm.data.simulation.writer import (
     Tree,
     read_latents,
@@ -46,7 +46,7 @@ from chasm.errors import ConfigError
 from chasm.io import write_json
 from chasm.progress import track
 
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 """Rises when the same config gives other bytes."""
 
 logger = logging.getLogger(__name__)
@@ -55,9 +55,9 @@ logger = logging.getLogger(__name__)
 def simulate(config: SimulationConfig, out: Path, subjects: Sequence[int]) -> Path:
     """Write subjects of a simulated NSD in NSD's own file layout.
 
-    A second call with the same config adds the subjects that are missing and skips the
-    others; the files are the same as if all had been written at once. An interrupted call
-    leaves whole files only and is continued by the next one.
+    A second call with the same config adds the subjects that are missing, writes files again
+    that were lost, and skips the rest; the files are the same as if all had been written at
+    once. An interrupted call leaves whole files only and is continued by the next one.
 
     Parameters
     ----------
@@ -89,14 +89,14 @@ def simulate(config: SimulationConfig, out: Path, subjects: Sequence[int]) -> Pa
         )
     tree = Tree(Path(out), config)
     _check_marker(tree, config)
-    if not _unfinished(tree, config, wanted):
+    if not _unfinished(tree, wanted):
         return tree.root
     tree.root.mkdir(parents=True, exist_ok=True)
     with FileLock(tree.root / ".simulate.lock"):
         _check_marker(tree, config)
         _write_marker(tree, config, [])
         design = make_design(config)
-        for subject in _unfinished(tree, config, wanted):
+        for subject in _unfinished(tree, wanted):
             logger.info("simulating subject %d in %s", subject, tree.root)
             _write_experiment(tree, config, design)
             _write_subject(tree, config, design, subject)
@@ -167,26 +167,15 @@ def _write_marker(tree: Tree, config: SimulationConfig, finished: Iterable[int])
     )
 
 
-def _unfinished(tree: Tree, config: SimulationConfig, wanted: Sequence[int]) -> list[int]:
-    """Subjects that are not recorded as written, or whose files are not all there."""
+def _unfinished(tree: Tree, wanted: Sequence[int]) -> list[int]:
+    """Subjects that are not recorded as written, or of whose files any is missing."""
     written = _read_marker(tree).get("subjects_written", [])
-    common = [tree.stimuli, tree.design, tree.stimulus_table, tree.latents]
+    if not all(path.is_file() for path in tree.common_files()):
+        return list(wanted)
     return [
         subject
         for subject in wanted
-        if subject not in written
-        or not all(path.is_file() for path in [*common, *_main_files(tree, config, subject)])
-    ]
-
-
-def _main_files(tree: Tree, config: SimulationConfig, subject: int) -> list[Path]:
-    sessions = range(1, config.sessions[subject - 1] + 1)
-    return [
-        *(tree.session(subject, session) for session in sessions),
-        *truth_paths(tree.root, subject),
-        tree.betas(subject) / "ncsnr.nii.gz",
-        tree.anatomy(subject) / "roi" / "nsdgeneral.nii.gz",
-        tree.behaviour(subject),
+        if subject not in written or not all(path.is_file() for path in tree.subject_files(subject))
     ]
 
 
@@ -199,6 +188,8 @@ def _write_experiment(tree: Tree, config: SimulationConfig, design: Design) -> N
     if not tree.latents.is_file():
         write_latents(tree.latents, config)
     write_label_tables(tree.labels("fsaverage"))
+    for subject in _read_marker(tree).get("subjects_written", []):  # should the file be lost
+        write_stimuli(tree.stimuli, config, design.subject_images(subject))
 
 
 def _write_subject(tree: Tree, config: SimulationConfig, design: Design, subject: int) -> None:
@@ -219,7 +210,7 @@ def _write_subject(tree: Tree, config: SimulationConfig, design: Design, subject
     write_truth(tree.root, config, subject, cortex, tuning, image_ids[: config.n_shared], shared)
 
     scaling = make_scaling(config, subject, cortex)
-    paths = [tree.session(subject, s + 1) for s in range(config.sessions[subject - 1])]
+    paths = tree.sessions(subject)
     for session, path in enumerate(track(paths, f"betas of subject {subject}"), start=1):
         if path.is_file():
             continue
@@ -235,6 +226,6 @@ def _write_subject(tree: Tree, config: SimulationConfig, design: Design, subject
 
 def _images(path: Path, image_ids: np.ndarray) -> Iterator[np.ndarray]:
     """Read images one at a time from the stimulus file."""
-    with h5py.File(path, "r") as file:
+    with h5py.File(path, "r", locking=False) as file:
         for image_id in image_ids:
             yield file["imgBrick"][int(image_id)]

@@ -21,11 +21,15 @@ from chasm.data.simulation.config import (
 from chasm.data.simulation.cortex import Cortex, SmoothFields
 from chasm.data.simulation.design import Design
 from chasm.data.simulation.stimuli import Latents, draw_latents, render
+from chasm.data.simulation.truth import truth_paths
 from chasm.io import atomic_path, write_text
 from chasm.progress import track
 
 MAT_HEADER = b"MATLAB 5.0 MAT-file, simulated NSD design"
 SPACE = "func1pt8mm"
+SIDES = ("", "lh.", "rh.")
+"""Prefixes of ROI volumes: both hemispheres, left, right."""
+LABEL_TABLES = tuple(f"{atlas}.mgz.ctab" for atlas in ATLASES)
 
 
 class Tree:
@@ -63,12 +67,36 @@ class Tree:
         suffix = self._config.betas_format
         return self.betas(subject) / f"betas_session{session:02d}.{suffix}"
 
+    def sessions(self, subject: int) -> list[Path]:
+        """Betas of all sessions of a subject."""
+        count = self._config.sessions[subject - 1]
+        return [self.session(subject, session) for session in range(1, count + 1)]
+
+    def common_files(self) -> list[Path]:
+        """Every file that the subjects share."""
+        tables = [self.labels("fsaverage") / name for name in LABEL_TABLES]
+        return [self.stimuli, self.design, self.stimulus_table, self.latents, *tables]
+
+    def subject_files(self, subject: int) -> list[Path]:
+        """Every file of one subject."""
+        anatomy, betas = self.anatomy(subject), self.betas(subject)
+        return [
+            *self.sessions(subject),
+            *truth_paths(self.root, subject),
+            *(anatomy / "roi" / f"{side}{atlas}.nii.gz" for atlas in ATLASES for side in SIDES),
+            *(anatomy / f"{name}.nii.gz" for name in ("brainmask", "mean", "R2", "onoffbeta")),
+            *(betas / f"{name}.nii.gz" for name in ("ncsnr", "meanbeta")),
+            *(self.labels(f"subj{subject:02d}") / name for name in LABEL_TABLES),
+            self.behaviour(subject),
+        ]
+
 
 def write_stimuli(path: Path, config: SimulationConfig, image_ids: np.ndarray) -> None:
     """Make sure that the stimulus file holds some images, beside those it holds already.
 
     `imgBrick` is (stimuli, size, size, 3) uint8 with one chunk per image; images that no
-    written subject sees stay unallocated and read as zeros. The file is written anew in
+    written subject sees stay unallocated and read as zeros. Unlike NSD's, the file has an
+    attribute `simulated`. It is written anew in
     order of the ids, so that its bytes do not depend on the order of the calls.
     """
     present = _rendered(path)
@@ -79,8 +107,9 @@ def write_stimuli(path: Path, config: SimulationConfig, image_ids: np.ndarray) -
     row_of = {int(image_id): row for row, image_id in enumerate(missing)}
     shape = (config.n_stimuli, config.image_size, config.image_size, 3)
     with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
+        file.attrs["simulated"] = True
         brick = file.create_dataset("imgBrick", shape, np.uint8, chunks=(1, *shape[1:]))
-        old = h5py.File(path, "r") if len(present) else None
+        old = h5py.File(path, "r", locking=False) if len(present) else None
         try:
             for image_id in track(np.union1d(present, missing), "stimuli"):
                 place = (int(image_id), 0, 0, 0)
@@ -101,7 +130,7 @@ def _rendered(path: Path) -> np.ndarray:
     if not path.is_file():
         return np.zeros(0, np.int64)
     rows: list[int] = []
-    with h5py.File(path, "r") as file:
+    with h5py.File(path, "r", locking=False) as file:
         file["imgBrick"].id.chunk_iter(lambda chunk: rows.append(chunk.chunk_offset[0]))
     return np.sort(np.array(rows, np.int64))
 
@@ -228,14 +257,15 @@ def _memory(position: np.ndarray, session: np.ndarray) -> tuple[np.ndarray, ...]
 
 def write_label_tables(folder: Path) -> None:
     """Write `<atlas>.mgz.ctab` files: label and name, one per line."""
-    for atlas, names in ATLASES.items():
+    for table, names in zip(LABEL_TABLES, ATLASES.values(), strict=True):
         lines = ["0 Unknown", *(f"{label} {name}" for label, name in names.items())]
-        write_text(folder / f"{atlas}.mgz.ctab", "\n".join(lines) + "\n")
+        write_text(folder / table, "\n".join(lines) + "\n")
 
 
 def write_rois(folder: Path, cortex: Cortex) -> None:
     """Write every atlas for both hemispheres together and each alone (−1/0/k, int16)."""
-    sides = {"": np.ones(len(cortex.right), bool), "lh.": ~cortex.right, "rh.": cortex.right}
+    both = np.ones(len(cortex.right), bool)
+    sides = dict(zip(SIDES, (both, ~cortex.right, cortex.right), strict=True))
     for atlas in ATLASES:
         labels = cortex.labels(atlas)
         for prefix, here in sides.items():
