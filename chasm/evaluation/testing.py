@@ -238,13 +238,7 @@ def _parcels(model: Stage1Module, data: EncodingDataset, how: Aggregation) -> np
 
 def _repeat_parcels(model: Stage1Module, data: EncodingDataset) -> np.ndarray:
     """Parcel means of every presentation, (items, repeats, parcels), NaN where there is none."""
-    assert model.sizes is not None
-    shape = (len(data), int(data.repeats.max()), model.sizes.n_parcels)
-    result = np.full(shape, np.nan, np.float32)
-    for row, trials in enumerate(data.trials):
-        betas = torch.from_numpy(data.store.zscore(trials, data.mean, data.std))
-        result[row, : len(trials)] = model.parcels_of(betas, "mean").numpy()
-    return result
+    return model.parcels_of(torch.from_numpy(data.repeat_betas()), "mean").numpy()
 
 
 @torch.inference_mode()
