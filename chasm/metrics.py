@@ -94,8 +94,8 @@ def mse(prediction: Tensor, target: Tensor) -> Tensor:
     return (predicted - true).square().mean()
 
 
-def identification(prediction: Tensor, target: Tensor) -> dict[str, float]:
-    """Score how often a measured pattern is traced to the image that produced it.
+def image_identification(prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """Score for every image how surely its measured pattern is traced to it.
 
     Each measured pattern is correlated with the predictions for all images, which are ranked.
     Ties share their ranks, so that a prediction which ignores the image is at chance.
@@ -108,25 +108,43 @@ def identification(prediction: Tensor, target: Tensor) -> dict[str, float]:
     Returns
     -------
     dict
-        "top1" and "top5": probability that the own image is among the first 1 or 5 (chance 1/n,
-        5/n); "two_way": probability that it beats another image (chance 1/2); "excluded": images
-        left out because a pattern is constant or not finite. NaN if fewer than two remain.
+        Each (images,) float64 in [0, 1]. "top1" and "top5": probability that the own image is
+        among the first 1 or 5 (chance 1/n, 5/n); "two_way": probability that it beats another
+        image (chance 1/2). NaN where a pattern is constant or not finite, and everywhere if
+        fewer than two images remain.
     """
     predicted, true = _pair(prediction, target)
     keep = pattern_correlation(predicted, true).isfinite()
-    predicted, true = _unit_rows(predicted[keep]), _unit_rows(true[keep])
-    n = len(true)
-    excluded = float(len(keep) - n)
+    n = int(keep.sum())
+    scores = {
+        name: predicted.new_full((len(keep),), math.nan) for name in ("top1", "top5", "two_way")
+    }
     if n < 2:
-        return {"top1": math.nan, "top5": math.nan, "two_way": math.nan, "excluded": excluded}
-    similarity = true @ predicted.T
+        return scores
+    similarity = _unit_rows(true[keep]) @ _unit_rows(predicted[keep]).T
     own = similarity.diagonal()[:, None]
     margin = 1e-10
     better = (similarity > own + margin).sum(1).double()
     tied = ((similarity - own).abs() <= margin).sum(1).double() - 1
-    scores = {f"top{k}": _within(better, tied, k) for k in (1, 5)}
-    scores["two_way"] = float((1 - (better + tied / 2) / (n - 1)).mean())
-    return {**scores, "excluded": excluded}
+    for k in (1, 5):
+        scores[f"top{k}"][keep] = ((k - better) / (tied + 1)).clamp(0, 1)
+    scores["two_way"][keep] = 1 - (better + tied / 2) / (n - 1)
+    return scores
+
+
+def identification(prediction: Tensor, target: Tensor) -> dict[str, float]:
+    """Average `image_identification` over images.
+
+    Returns
+    -------
+    dict
+        "top1", "top5" and "two_way", NaN if fewer than two images have a defined correlation,
+        and "excluded": the number of images without one.
+    """
+    scores = image_identification(prediction, target)
+    excluded = ~pattern_correlation(prediction, target).isfinite()
+    means = {name: float(values.nanmean()) for name, values in scores.items()}
+    return {**means, "excluded": float(excluded.sum())}
 
 
 class PatternCorrelation(Metric):
@@ -235,8 +253,3 @@ def _pearson(pair: tuple[Tensor, Tensor], dim: int) -> Tensor:
 
 def _unit_rows(values: Tensor) -> Tensor:
     return torch.nn.functional.normalize(values - values.mean(1, keepdim=True), dim=1, eps=0.0)
-
-
-def _within(better: Tensor, tied: Tensor, k: int) -> float:
-    """Probability of rank k or above when ties are ordered at random."""
-    return float(((k - better) / (tied + 1)).clamp(0, 1).mean())

@@ -218,13 +218,8 @@ def noise_ceiling(ncsnr: ArrayLike, repeats: ArrayLike) -> np.ndarray:
         return 1 / (1 + np.mean(1 / counts) / ratio**2)
 
 
-def pattern_ceiling(repeat_betas: np.ndarray) -> float:
-    """Best reachable mean pattern correlation with the mean over repeats.
-
-    The correlation across units between two repeats of an image, averaged over pairs and then
-    over images, is the reliability ρ of one trial's pattern. The Spearman–Brown formula gives
-    the reliability kρ / (1 + (k − 1)ρ) of a mean over k, and its square root is the correlation
-    of that mean with the pattern free of noise; averaged over the images' own k.
+def image_reliability(repeat_betas: np.ndarray) -> np.ndarray:
+    """Correlation across units between two repeats of an image, the mean over pairs of repeats.
 
     Parameters
     ----------
@@ -234,25 +229,70 @@ def pattern_ceiling(repeat_betas: np.ndarray) -> float:
 
     Returns
     -------
-    float
-        Between 0 and 1; 0 when repeats do not agree at all; NaN when no image has two repeats.
+    np.ndarray
+        (images,), NaN for images shown once and for constant patterns.
     """
     values = np.asarray(repeat_betas)
     present = np.isfinite(values).any(axis=2)
     units = np.isfinite(values[present]).all(axis=0)
     counts = present.sum(axis=1)
-    total, n_images = 0.0, 0
+    result = np.full(len(values), np.nan)
     for k in np.unique(counts[counts > 1]):
         chosen = counts == k
         patterns = values[chosen][present[chosen]].reshape(-1, k, values.shape[2])[:, :, units]
-        pairs = _mean_pair_correlation(patterns.astype(np.float64))
-        total += np.nansum(pairs)
-        n_images += int(np.isfinite(pairs).sum())
-    if not n_images:
+        result[chosen] = _mean_pair_correlation(patterns.astype(np.float64))
+    return result
+
+
+def averaged_pattern_ceiling(reliability: ArrayLike, repeats: ArrayLike) -> np.ndarray:
+    """Best reachable mean pattern correlation, from the reliability ρ of one trial's pattern.
+
+    The Spearman–Brown formula gives the reliability kρ / (1 + (k − 1)ρ) of a mean over k, and its
+    square root is the correlation of that mean with the pattern free of noise; averaged over
+    the images' own k.
+
+    Parameters
+    ----------
+    reliability
+        (...,), mean over images of `image_reliability`; below 0 counts as 0.
+    repeats
+        (images,), trials averaged; images without any are left out.
+
+    Returns
+    -------
+    np.ndarray
+        (...,), between 0 and 1; NaN stays NaN.
+    """
+    rho = np.maximum(np.asarray(reliability, dtype=np.float64), 0.0)
+    counts = np.asarray(repeats)
+    levels, images = np.unique(counts[counts > 0], return_counts=True)
+    by_level = [
+        n * np.sqrt(k * rho / (1 + (k - 1) * rho)) for k, n in zip(levels, images, strict=True)
+    ]
+    return np.sum(by_level, axis=0) / images.sum()
+
+
+def pattern_ceiling(repeat_betas: np.ndarray) -> float:
+    """Best reachable mean pattern correlation with the mean over repeats.
+
+    `averaged_pattern_ceiling` of the mean of `image_reliability`.
+
+    Parameters
+    ----------
+    repeat_betas
+        (images, repeats, units); see `image_reliability`.
+
+    Returns
+    -------
+    float
+        Between 0 and 1; 0 when repeats do not agree at all; NaN when no image has two repeats.
+    """
+    reliability = image_reliability(repeat_betas)
+    defined = reliability[np.isfinite(reliability)]
+    if not len(defined):
         return float("nan")
-    reliability = max(0.0, total / n_images)
-    shown = counts[counts > 0]
-    return float(np.mean(np.sqrt(shown * reliability / (1 + (shown - 1) * reliability))))
+    counts = np.isfinite(np.asarray(repeat_betas)).any(axis=2).sum(axis=1)
+    return float(averaged_pattern_ceiling(defined.mean(), counts))
 
 
 def _mean_pair_correlation(patterns: np.ndarray) -> np.ndarray:

@@ -17,8 +17,6 @@ from chasm.evaluation.patterns import (
     IDENTIFICATION_KEYS,
     PATTERN_KEYS,
     identification_scores,
-    image_reliability,
-    pattern_ceiling,
     pattern_scores,
 )
 from chasm.evaluation.regions import (
@@ -28,6 +26,7 @@ from chasm.evaluation.regions import (
     weighted_mean,
     weighted_median,
 )
+from chasm.noise_ceiling import averaged_pattern_ceiling, image_reliability
 from chasm.progress import track
 
 FloatArray = NDArray[np.floating[Any]]
@@ -219,5 +218,5 @@ def ceiling_tables(target: ScoredTarget, counts: FloatArray) -> tuple[RegionTabl
         reliability = image_reliability(target.repeat_targets[:, :, region.members])
         for table, drawn in ((point, once), (samples, counts)):
             mean = image_means(reliability, drawn)
-            table["pattern_correlation"][:, index] = pattern_ceiling(mean, target.repeats)
+            table["pattern_correlation"][:, index] = averaged_pattern_ceiling(mean, target.repeats)
     return point, samples
