@@ -375,3 +375,21 @@ def test_areas_are_contiguous_in_each_hemisphere():
             assert here.sum() >= 5, name
             _, pieces = scipy.ndimage.label(cortex.volume(here, False, bool), neighbours)
             assert pieces == 1, (name, side)
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_threads(tmp_path, monkeypatch):
+    from threadpoolctl import threadpool_info, threadpool_limits
+
+    from chasm.data.simulation import generate
+
+    seen = set()
+
+    def watched(*args, **options):
+        seen.update(p["num_threads"] for p in threadpool_info() if p["user_api"] == "blas")
+        return make_signal(*args, **options)
+
+    make_signal = generate.make_signal
+    monkeypatch.setattr(generate, "make_signal", watched)
+    with threadpool_limits(2, user_api="blas"):
+        simulate(CONFIG, tmp_path / "nsd", [1])
+    assert seen == {1}

@@ -11,6 +11,7 @@ from typing import Any
 import h5py
 import numpy as np
 from filelock import FileLock
+from threadpoolctl import threadpool_limits
 
 from chasm.data.simulation.betas import (
     beta_maps,
@@ -92,7 +93,8 @@ def simulate(config: SimulationConfig, out: Path, subjects: Sequence[int]) -> Pa
     if not _unfinished(tree, wanted):
         return tree.root
     tree.root.mkdir(parents=True, exist_ok=True)
-    with FileLock(tree.root / ".simulate.lock"):
+    # One BLAS thread: sums taken in another order would round single betas to other integers.
+    with FileLock(tree.root / ".simulate.lock"), threadpool_limits(1, user_api="blas"):
         _check_marker(tree, config)
         _write_marker(tree, config, [])
         design = make_design(config)
