@@ -12,12 +12,12 @@ UV      := $(shell command -v uv 2>/dev/null)
 SUBJ    ?= 1
 NSD     ?=
 ARGS    ?=
-RECIPE  ?= $(if $(NSD),experiments/nsd/stage1.yaml,experiments/stage1.yaml)
+SCALE   := $(if $(NSD),experiments/nsd,experiments)
 DATASET ?= $(if $(NSD),$(notdir $(patsubst %/,%,$(NSD))),simulated)
 SOURCE   = $(if $(NSD),--nsd $(NSD),--simulate)
 MACAQUE ?= ../shared/data/macaque_v4
 
-.PHONY: help setup stage1 macaque test test-all lint format bench clean
+.PHONY: help setup stage1 stage2 baselines macaque test test-all lint format bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):[^#]*## /\1\t/' | \
@@ -39,7 +39,13 @@ endif
 setup: $(READY) ## Make the environment in .venv (every target does so when needed)
 
 stage1: $(READY) ## Train and score Stage 1 on subject SUBJ; prints the table and the report's path
-	$(CHASM) run -c $(RECIPE) $(SOURCE) --data.subject $(SUBJ) --data.dataset_dir data/$(DATASET) $(ARGS)
+	$(CHASM) run -c $(or $(RECIPE),$(SCALE)/stage1.yaml) $(SOURCE) --data.subject $(SUBJ) --data.dataset_dir data/$(DATASET) $(ARGS)
+
+stage2: $(READY) ## Train and score Stage 2 on its Stage 1 (trained first where needed)
+	$(CHASM) run -c $(or $(RECIPE),$(SCALE)/stage2.yaml) $(SOURCE) --data.subject $(SUBJ) --data.dataset_dir data/$(DATASET) $(ARGS)
+
+baselines: $(READY) ## Every model of the paper's comparison on subject SUBJ, in one table
+	$(CHASM) baselines $(SOURCE) --data.subject $(SUBJ) --data.dataset_dir data/$(DATASET) $(ARGS)
 
 macaque: $(READY) ## The same on real macaque V4 recordings in MACAQUE (two sessions)
 	$(CHASM) prepare arrays --dataset macaque_v4 --name 201025 \

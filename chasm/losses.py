@@ -1,4 +1,4 @@
-"""Training losses: each term a pure function, and their weighted sum for Stage 1."""
+"""Training losses: each term a pure function, and their weighted sum for each stage."""
 
 from __future__ import annotations
 
@@ -32,34 +32,32 @@ def mse(prediction: Tensor, target: Tensor) -> Tensor:
 def peak_focused_mse(
     prediction: Tensor, target: Tensor, alpha: float = 0.5, tau: float = 0.3
 ) -> Tensor:
-    r"""Squared error that counts strong responses more.
+    r"""Squared error that counts strong responses more (CHASMBrain's code).
 
     .. math::
 
-        L = \frac{\sum_{ik} w_{ik} (\hat y_{ik} - y_{ik})^2}{\sum_{ik} w_{ik}},
-        \qquad w_{ik} = 1 + \alpha \max(|y_{ik}| - \tau, 0)
+        L = \frac{1}{n K} \sum_{ik} w_{ik} (\hat y_{ik} - y_{ik})^2,
+        \qquad w_{ik} = 1 + \alpha \max(|y_{ik} - \bar y_k| - \tau, 0)
 
-    A response is a peak where its magnitude exceeds `tau` (in units of z); its weight grows by
-    `alpha` per unit beyond. Weights are normalised, so the value stays on the scale of the mean
-    squared error, which it equals at ``alpha=0``. CHASMBrain publishes the two constants and the
-    name of the term; this formula is ours.
+    with :math:`\bar y_k` the unit's mean over the batch. The weights are not normalised.
 
     Parameters
     ----------
     prediction, target
         (images, units), z-scored.
     alpha
-        Extra weight per unit of magnitude beyond the threshold, 0 or above.
+        Extra weight per unit of distance beyond the threshold, 0 or above.
     tau
-        Magnitude from which a response is a peak, 0 or above.
+        Distance from the batch mean from which a response is a peak, 0 or above.
 
     Returns
     -------
     Tensor
         Scalar.
     """
-    weight = 1 + alpha * (target.abs() - tau).clamp(min=0)
-    return (weight * (prediction - target).square()).sum() / weight.sum()
+    distance = (target - target.mean(dim=0, keepdim=True)).abs()
+    weight = 1 + alpha * (distance - tau).clamp(min=0)
+    return (weight * (prediction - target).square()).mean()
 
 
 def pearson_loss(prediction: Tensor, target: Tensor) -> Tensor:
@@ -147,6 +145,31 @@ def info_nce(
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
+def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
+    r"""Kullback-Leibler divergence of a diagonal Gaussian from the standard one.
+
+    .. math::
+
+        L = \frac{1}{n d} \sum_{ij}
+        \tfrac{1}{2} \left(\mu_{ij}^2 + \sigma_{ij}^2 - \log \sigma_{ij}^2 - 1\right)
+
+    Nats per latent dimension, as in CHASMBrain's code, so that its weight does not depend on
+    the width of the latent; the divergence itself is `d` times this.
+
+    Parameters
+    ----------
+    mean, log_variance
+        (images, d).
+
+    Returns
+    -------
+    Tensor
+        Scalar, 0 or above.
+    """
+    excess = torch.expm1(log_variance) - log_variance
+    return 0.5 * (mean.square() + excess).mean()
+
+
 class Stage1Loss(nn.Module):
     """Weighted sum of the Stage-1 terms; a term of weight 0 is not computed.
 
@@ -187,9 +210,7 @@ class Stage1Loss(nn.Module):
             "std": std_weight,
             "contrastive": contrastive_weight,
         }
-        for name, weight in self.weights.items():
-            if weight < 0:
-                raise ConfigError(f"loss:{name}_weight", f"found {weight}", "Use 0 or above.")
+        _check_weights(self.weights)
         self.error = error
         self.peak_alpha = peak_alpha
         self.peak_tau = peak_tau
@@ -239,12 +260,89 @@ class Stage1Loss(nn.Module):
                     "Give them, or set the weight to 0.",
                 )
             terms["contrastive"] = info_nce(visual, response, self.temperature, image_ids)
-        total = prediction.new_zeros(())
-        for name, term in terms.items():
-            total = total + self.weights[name] * term
-        return {**terms, "total": total}
+        return {**terms, "total": _weighted_sum(terms, self.weights, prediction)}
 
     def _error(self, prediction: Tensor, target: Tensor) -> Tensor:
         if self.error == "plain":
             return mse(prediction, target)
         return peak_focused_mse(prediction, target, self.peak_alpha, self.peak_tau)
+
+
+class Stage2Loss(nn.Module):
+    """Weighted sum of the Stage-2 terms; a term of weight 0 is not computed.
+
+    Parameters
+    ----------
+    error_weight, pearson_weight, std_weight, kl_weight
+        Weight of the mean squared error, `pearson_loss`, `std_matching` and `kl_divergence`,
+        0 or above. CHASMBrain: 1, 0, 0, 1e-3 in the text; 1, .3, .2, 1e-3 in the code.
+
+    Raises
+    ------
+    ConfigError
+        If a weight is negative.
+    """
+
+    def __init__(
+        self,
+        error_weight: float = 1.0,
+        pearson_weight: float = 0.0,
+        std_weight: float = 0.0,
+        kl_weight: float = 1e-3,
+    ) -> None:
+        super().__init__()
+        self.weights = {
+            "error": error_weight,
+            "pearson": pearson_weight,
+            "std": std_weight,
+            "kl": kl_weight,
+        }
+        _check_weights(self.weights)
+
+    def forward(
+        self,
+        prediction: Tensor,
+        target: Tensor,
+        mean: Tensor | None = None,
+        log_variance: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Compute the terms and their weighted sum.
+
+        Parameters
+        ----------
+        prediction, target
+            (trials, voxels), z-scored.
+        mean, log_variance
+            (trials, d_latent), of the latent; None for a model without one, whose "kl" term is
+            absent.
+
+        Returns
+        -------
+        dict
+            Scalars: the unweighted terms that have weight, and "total".
+        """
+        terms: dict[str, Tensor] = {}
+        if self.weights["error"]:
+            terms["error"] = mse(prediction, target)
+        if self.weights["pearson"]:
+            terms["pearson"] = pearson_loss(prediction, target)
+        if self.weights["std"]:
+            terms["std"] = std_matching(prediction, target)
+        if self.weights["kl"] and mean is not None and log_variance is not None:
+            terms["kl"] = kl_divergence(mean, log_variance)
+        return {**terms, "total": _weighted_sum(terms, self.weights, prediction)}
+
+
+def _check_weights(weights: dict[str, float]) -> None:
+    for name, weight in weights.items():
+        if weight < 0:
+            raise ConfigError(f"loss:{name}_weight", f"found {weight}", "Use 0 or above.")
+
+
+def _weighted_sum(
+    terms: dict[str, Tensor], weights: dict[str, float], prediction: Tensor
+) -> Tensor:
+    total = prediction.new_zeros(())
+    for name, term in terms.items():
+        total = total + weights[name] * term
+    return total

@@ -51,6 +51,41 @@ def extract_tokens(data: NSDDataModule, *, fresh: bool = False, batch_size: int 
     )
 
 
+def prepare_recipe(
+    args: Sequence[str],
+    *,
+    nsd: Path | None = None,
+    simulated: SimulationConfig | None = None,
+    version: str = "betas_fithrf_GLMdenoise_RR",
+    mask: str = "nsdgeneral",
+) -> Recipe:
+    """Make the subject store and the tokens that a recipe needs.
+
+    Parameters
+    ----------
+    args, nsd, simulated, version, mask
+        See `run_recipe`.
+
+    Returns
+    -------
+    Recipe
+        The recipe, with the folder that its data are in.
+    """
+    recipe = Recipe(args)
+    data = recipe.make_data()
+    if nsd is not None and data.dataset_dir == SIMULATED_DIR:
+        recipe = Recipe([*args, "--data.dataset_dir", str(Path("data") / nsd.resolve().name)])
+        data = recipe.make_data()
+    if simulated is not None:
+        nsd = simulate(simulated, data.dataset_dir / "nsd", [_number(data.subject)])
+    if nsd is not None:
+        log.info("step: prepare")
+        prepare_nsd(nsd, _number(data.subject), data.store_path, version=version, mask=mask)
+    log.info("step: extract")
+    extract_tokens(data)
+    return recipe
+
+
 def run_recipe(
     args: Sequence[str],
     *,
@@ -85,18 +120,7 @@ def run_recipe(
     Path
         The run's folder.
     """
-    recipe = Recipe(args)
-    data = recipe.make_data()
-    if nsd is not None and data.dataset_dir == SIMULATED_DIR:
-        recipe = Recipe([*args, "--data.dataset_dir", str(Path("data") / nsd.resolve().name)])
-        data = recipe.make_data()
-    if simulated is not None:
-        nsd = simulate(simulated, data.dataset_dir / "nsd", [_number(data.subject)])
-    if nsd is not None:
-        log.info("step: prepare")
-        prepare_nsd(nsd, _number(data.subject), data.store_path, version=version, mask=mask)
-    log.info("step: extract")
-    extract_tokens(data)
+    recipe = prepare_recipe(args, nsd=nsd, simulated=simulated, version=version, mask=mask)
     log.info("step: fit")
     run = fit(recipe, fresh=fresh)
     log.info("step: test")

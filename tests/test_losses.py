@@ -9,7 +9,9 @@ from scipy.stats import pearsonr
 from chasm.errors import ConfigError
 from chasm.losses import (
     Stage1Loss,
+    Stage2Loss,
     info_nce,
+    kl_divergence,
     mse,
     peak_focused_mse,
     pearson_loss,
@@ -34,12 +36,12 @@ def test_mse(pair):
 
 def test_peak_focused_mse(pair):
     prediction, target = pair
-    total = weights = 0.0
-    for p, t in zip(prediction.flat, target.flat, strict=True):
-        weight = 1 + 0.8 * (abs(t) - 0.4) if abs(t) > 0.4 else 1.0
-        total += weight * (p - t) ** 2
-        weights += weight
-    assert peak_focused_mse(*tensors(pair), 0.8, 0.4).item() == pytest.approx(total / weights)
+    total = 0.0
+    for i, k in np.ndindex(target.shape):
+        distance = abs(target[i, k] - target[:, k].mean())
+        weight = 1 + 0.8 * (distance - 0.4) if distance > 0.4 else 1.0
+        total += weight * (prediction[i, k] - target[i, k]) ** 2
+    assert peak_focused_mse(*tensors(pair), 0.8, 0.4).item() == pytest.approx(total / target.size)
     assert peak_focused_mse(*tensors(pair), alpha=0).item() == pytest.approx(
         mse(*tensors(pair)).item()
     )
@@ -119,3 +121,45 @@ def test_bad_settings(pair):
         Stage1Loss(contrastive_weight=1)(*tensors(pair))
     with pytest.raises(ConfigError, match="temperature"):
         info_nce(*tensors(pair), temperature=0)
+
+
+def test_kl_divergence():
+    normal = torch.distributions.Normal
+    mean, log_variance = torch.randn(6, 4).double(), 3 * torch.randn(6, 4).double()
+    given = normal(mean, (0.5 * log_variance).exp())
+    expected = torch.distributions.kl_divergence(given, normal(0.0, 1.0))
+    assert kl_divergence(mean, log_variance).item() == pytest.approx(expected.mean().item())
+    assert kl_divergence(torch.zeros(3, 2), torch.zeros(3, 2)).item() == 0
+    tiny = torch.full((1, 1), 1e-4)
+    assert kl_divergence(0 * tiny, tiny).item() == pytest.approx(2.5e-9, rel=1e-2)
+    inputs = mean.requires_grad_(), log_variance.requires_grad_()
+    assert torch.autograd.gradcheck(kl_divergence, inputs)
+
+
+def test_stage2_loss_is_the_weighted_sum(pair):
+    prediction, target = tensors(pair)
+    mean, log_variance = torch.randn(6, 4).double(), torch.randn(6, 4).double()
+    loss = Stage2Loss(2.0, 0.3, 0.2, 1e-3)
+    terms = loss(prediction, target, mean, log_variance)
+    expected = {
+        "error": mse(prediction, target),
+        "pearson": pearson_loss(prediction, target),
+        "std": std_matching(prediction, target),
+        "kl": kl_divergence(mean, log_variance),
+    }
+    assert list(terms) == [*expected, "total"]
+    for name, value in expected.items():
+        assert terms[name].item() == pytest.approx(value.item())
+    total = sum(w * expected[n].item() for n, w in loss.weights.items())
+    assert terms["total"].item() == pytest.approx(total)
+
+
+def test_stage2_terms_that_are_absent(pair):
+    latent = torch.randn(6, 4), torch.randn(6, 4)
+    assert list(Stage2Loss()(*tensors(pair), *latent)) == ["error", "kl", "total"]
+    assert Stage2Loss().weights["kl"] == 1e-3
+    assert list(Stage2Loss()(*tensors(pair))) == ["error", "total"]
+    assert list(Stage2Loss(kl_weight=0)(*tensors(pair), *latent)) == ["error", "total"]
+    assert list(Stage2Loss(error_weight=0, std_weight=1)(*tensors(pair))) == ["std", "total"]
+    with pytest.raises(ConfigError, match="kl_weight"):
+        Stage2Loss(kl_weight=-1)

@@ -22,6 +22,7 @@ from chasm.evaluation.patterns import (
 from chasm.evaluation.regions import (
     MIN_PATTERN_UNITS,
     Region,
+    sums_over_units,
     weight_matrix,
     weighted_mean,
     weighted_median,
@@ -135,11 +136,7 @@ def _medians(values: FloatArray, regions: tuple[Region, ...]) -> FloatArray:
 def _noise_normalised(values: FloatArray, target: ScoredTarget, weights: FloatArray) -> FloatArray:
     """Sum of scores over sum of ceilings, over the units that have both."""
     chosen = np.flatnonzero(target.ceiling > target.nc_threshold)
-    chosen_weights = weights[chosen]
-    scores = values[:, chosen]
-    valid = np.isfinite(scores)
-    summed = np.where(valid, scores, 0.0) @ chosen_weights
-    ceiling = (valid * target.ceiling[chosen]) @ chosen_weights
+    summed, ceiling = sums_over_units(values[:, chosen], weights[chosen], target.ceiling[chosen])
     return np.divide(summed, ceiling, out=np.full_like(summed, np.nan), where=ceiling > 0)
 
 

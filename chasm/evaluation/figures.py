@@ -1,9 +1,9 @@
-"""Figures of the report: scores per region, units against their ceiling, training, brain maps."""
+"""Figures of the report: scores per region, units against their ceiling, training."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,18 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from chasm.errors import DataError
 from chasm.evaluation.catalogue import label_of
-from chasm.evaluation.predictions import MAIN_TARGET
+from chasm.evaluation.prediction_parts import MAIN_TARGET, FloatArray
 from chasm.evaluation.scores import Scores
 
 MODEL_COLOURS = ("#0b5c8a", "#7a3b8f", "#2a7f4f")
+COMPONENT_COLOURS = ("#6fa8c9", "#b08fc0")
 BASELINE_COLOUR = "#d0761b"
 GREY = "#7a7f87"
 
-Volume = Callable[[NDArray[np.floating[Any]]], Any]
-"""Puts one value per unit into the subject's volume: (units,) -> NIfTI image, NaN outside."""
-
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "font.family": "sans-serif",
     "axes.spines.top": False,
@@ -40,13 +37,17 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def compared_rows(scores: Scores) -> dict[str, str]:
-    """Rows that the figures compare, with their colours: the best baseline and the models."""
+def compared_rows(scores: Scores, *, components: bool = False) -> dict[str, str]:
+    """Rows that the figures compare, with their colours: the best baseline and the models.
+
+    With `components`, also the models' parts, between the two.
+    """
     frame = scores.frame[scores.frame["target"] == MAIN_TARGET]
-    models = frame.loc[frame["kind"] == "model", "row"].unique()
     rows = {str(frame["best_baseline"].iloc[0]): BASELINE_COLOUR}
-    for index, name in enumerate(models):
-        rows[name] = MODEL_COLOURS[index % len(MODEL_COLOURS)]
+    kinds = {"component": COMPONENT_COLOURS} if components else {}
+    for kind, colours in (kinds | {"model": MODEL_COLOURS}).items():
+        names = frame.loc[frame["kind"] == kind, "row"].unique()
+        rows |= {str(name): colours[i % len(colours)] for i, name in enumerate(names)}
     return rows
 
 
@@ -56,7 +57,7 @@ def region_figure(scores: Scores, metric: str = "noise_normalised_r2") -> Figure
     The regions of each atlas stand together under its name.
     """
     frame = scores.frame
-    rows = compared_rows(scores)
+    rows = compared_rows(scores, components=True)
     frame = frame[
         (frame["target"] == MAIN_TARGET)
         & (frame["metric"] == metric)
@@ -66,46 +67,54 @@ def region_figure(scores: Scores, metric: str = "noise_normalised_r2") -> Figure
     if frame.empty:
         return None
     keys = list(dict.fromkeys(zip(frame["level"], frame["atlas"], frame["region"], strict=True)))
-    heights, headings = _region_heights(keys)
-    y = max(heights.values()) + 1.0
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(5.4, 1.1 + 0.27 * y), layout="constrained")
-        axes = figure.subplots()
+    with mpl.rc_context(STYLE):
+        figure, axes, heights = region_axes(keys)
         for index, (name, colour) in enumerate(rows.items()):
             part = frame[frame["row"] == name]
-            shift = 0.34 * (index - (len(rows) - 1) / 2)
+            shift = 0.34 * (index - (len(rows) - 1) / 2) * min(1, 2 / len(rows))
             places = [
                 heights[key] + shift
                 for key in zip(part["level"], part["atlas"], part["region"], strict=True)
             ]
             axes.hlines(places, part["low"], part["high"], color=colour, lw=1.6, alpha=0.75)
             axes.plot(part["value"], places, "o", color=colour, ms=4.5, label=name)
-        axes.set_yticks(list(heights.values()), [region for _, _, region in heights])
-        for atlas, height in headings.items():
-            axes.annotate(
-                atlas,
-                (0, height),
-                (-3.5, 0),
-                xycoords=axes.get_yaxis_transform(),
-                textcoords="offset points",
-                ha="right",
-                va="center",
-                fontsize=8,
-                fontweight="bold",
-                color=GREY,
-            )
-        axes.set_ylim(y - 0.3, -0.9)
         axes.axvline(0, color="#9aa0a8", lw=0.8)
         if metric.startswith("noise_normalised"):
             axes.axvline(1, color="#9aa0a8", lw=0.8, ls=":")
             low, high = axes.get_xlim()
             axes.set_xlim(max(low, -0.6), min(max(high, 1.03), 1.6))
-        axes.tick_params(axis="y", length=0)
-        axes.grid(axis="x", color="#e6e8eb", lw=0.7)
-        axes.set_axisbelow(True)
         axes.set_xlabel(label_of(metric, scores.info.unit))
-        figure.legend(loc="outside upper left", ncols=3, frameon=False)
+        figure.legend(loc="outside upper left", ncols=2, frameon=False)
     return figure
+
+
+def region_axes(
+    keys: Sequence[tuple[str, str, str]],
+) -> tuple[Figure, Axes, dict[tuple[str, str, str], float]]:
+    """Make axes with one line per (level, atlas, region); give the heights of the lines, too."""
+    heights, headings = _region_heights(keys)
+    y = max(heights.values()) + 1.0
+    figure = Figure(figsize=(5.4, 1.1 + 0.27 * y), layout="constrained")
+    axes = figure.subplots()
+    axes.set_yticks(list(heights.values()), [region for _, _, region in heights])
+    for atlas, height in headings.items():
+        axes.annotate(
+            atlas,
+            (0, height),
+            (-3.5, 0),
+            xycoords=axes.get_yaxis_transform(),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            fontsize=8,
+            fontweight="bold",
+            color=GREY,
+        )
+    axes.set_ylim(y - 0.3, -0.9)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color="#e6e8eb", lw=0.7)
+    axes.set_axisbelow(True)
+    return figure, axes, heights
 
 
 def _region_heights(
@@ -132,17 +141,17 @@ def ceiling_figure(scores: Scores) -> Figure | None:
     known = np.isfinite(scores.unit_ceiling)
     if not known.any():
         return None
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.0, 4.2), layout="constrained")
         axes = figure.subplots()
-        size = float(np.clip(3000 / known.sum(), 1.5, 22))
+        size = float(np.clip(6000 / known.sum(), 2, 22))
         for name, colour in compared_rows(scores).items():
             axes.scatter(
                 scores.unit_ceiling[known],
                 scores.unit_r2[name][known],
                 s=size,
                 color=colour,
-                alpha=0.6,
+                alpha=0.5,
                 lw=0,
                 label=name,
                 rasterized=True,
@@ -156,7 +165,44 @@ def ceiling_figure(scores: Scores) -> Figure | None:
         axes.set_xlim(0, top)
         axes.set_xlabel(f"Noise ceiling of the {scores.info.unit} (r²)")
         axes.set_ylabel("R² on test images")
-        figure.legend(loc="outside upper left", ncols=3, frameon=False)
+        legend = figure.legend(
+            loc="outside upper left", ncols=3, frameon=False, markerscale=(22 / size) ** 0.5
+        )
+        for handle in legend.legend_handles:
+            if handle is not None:
+                handle.set_alpha(1)
+    return figure
+
+
+def spread_figure(drawn: FloatArray, repeated: FloatArray, unit: str) -> Figure | None:
+    """Variance over draws against variance over repeats, a dot per unit; None without both.
+
+    Parameters
+    ----------
+    drawn, repeated
+        (units,), see `chasm.evaluation.sampling.unit_variances`.
+    unit
+        What a dot is.
+    """
+    shown = (drawn > 0) & (repeated > 0)
+    if not shown.any():
+        return None
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(5.0, 4.0), layout="constrained")
+        axes = figure.subplots()
+        size = float(np.clip(6000 / shown.sum(), 2, 18))
+        axes.scatter(
+            repeated[shown], drawn[shown], s=size, color=MODEL_COLOURS[0], alpha=0.5, lw=0,
+            rasterized=True,
+        )  # fmt: skip
+        low, high = repeated[shown].min(), repeated[shown].max()
+        ends = np.array([0.9 * low, high + 0.1 * low])
+        axes.plot(ends, ends, color=GREY, lw=1, ls="--", label="draws spread as repeats do")
+        axes.set_yscale("log")
+        axes.set_xlim(*ends)
+        figure.legend(loc="outside upper left", frameon=False)
+        axes.set_xlabel(f"Variance over repeats of an image ({unit})")
+        axes.set_ylabel("Variance over draws")
     return figure
 
 
@@ -177,7 +223,7 @@ def training_figures(metrics_csv: Path) -> list[Figure]:
     if "epoch" not in frame:
         raise DataError(f"{path}:epoch", "no such column", "Give Lightning's metrics.csv.")
     drawn = []
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         for name, parts in _curves(frame).items():
             figure = Figure(figsize=(4.6, 2.6), layout="constrained")
             _draw_curves(figure.subplots(), name, parts)
@@ -211,81 +257,10 @@ def _draw_curves(axes: Axes, name: str, parts: Mapping[str, pd.Series]) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
-def brain_figure(
-    values: NDArray[np.floating[Any]],
-    volume: Volume,
-    title: str,
-    *,
-    background: Any = None,
-    symmetric: bool = False,
-) -> Figure:
-    """Axial slices through one value per unit in the subject's own volume.
-
-    Parameters
-    ----------
-    values
-        (units,).
-    volume
-        Puts them into a NIfTI image.
-    title
-        Shown beside the colour scale.
-    background
-        NIfTI image drawn beneath, e.g. the mean EPI; None for white.
-    symmetric
-        Whether the colours are centred on 0.
-    """
-    from nilearn.plotting import find_cut_slices, plot_stat_map
-
-    image = _cropped(volume(values))
-    data = np.asarray(image.dataobj, dtype=np.float64)
-    inside = np.isfinite(data)
-    limit = float(np.nanpercentile(np.abs(data), 99)) or 1.0
-    low = -limit if symmetric else 0.0
-    # nilearn hides what is 0; a value of 0 inside must stay visible.
-    shown = np.where(inside, np.where(data == 0, 1e-6 * limit, data), 0.0)
-    cover = type(image)(inside.astype(np.float32), image.affine)
-    colours = mpl.colormaps["RdBu_r" if symmetric else "viridis"]
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(9.0, 2.1))
-        display = plot_stat_map(
-            type(image)(shown.astype(np.float32), image.affine),
-            bg_img=background,
-            figure=figure,
-            axes=(0.0, 0.0, 0.91, 1.0),
-            display_mode="z",
-            cut_coords=find_cut_slices(cover, direction="z", n_cuts=6),
-            cmap=colours,
-            vmin=low,
-            vmax=limit,
-            threshold=1e-8 * limit,
-            black_bg=False,
-            draw_cross=False,
-            annotate=False,
-            colorbar=False,
-        )
-        display.annotate(size=9)
-        display.add_contours(cover, levels=[0.5], colors=["#777"], linewidths=0.4)
-        scale = mpl.cm.ScalarMappable(mpl.colors.Normalize(low, limit), colours)
-        bar = figure.colorbar(scale, cax=figure.add_axes((0.925, 0.14, 0.012, 0.72)))
-        bar.set_label(title, fontsize=9)
-        bar.ax.tick_params(labelsize=8)
-        bar.outline.set_visible(False)
-    return figure
-
-
-def _cropped(image: Any, margin: int = 8) -> Any:
-    """Cut a NIfTI image to the box around its finite voxels."""
-    data = np.asarray(image.dataobj)
-    where = np.argwhere(np.isfinite(data))
-    first = np.maximum(where.min(axis=0) - margin, 0)
-    last = np.minimum(where.max(axis=0) + margin + 1, data.shape)
-    return image.slicer[tuple(slice(a, b) for a, b in zip(first, last, strict=True))]
-
-
 def to_svg(figure: Figure) -> str:
     """Return a figure as an SVG element to put into a page, the same bytes each time."""
     buffer = io.StringIO()
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, dpi=150)
     text = buffer.getvalue()
     return text[text.index("<svg") :]

@@ -11,7 +11,12 @@ One HDF5 file per test run, whole or absent::
     /targets/<name>/predictions/<row>                optional, the row as fitted to that target
     /units/{size, ncsnr, position}                   voxels per unit, ncsnr, mm (NaN: unknown)
     /membership/<atlas> (units, labels)              voxels of each unit in each ROI, attr names
-    /gate (images, 1 | units, 2)                     optional, weights of global and local stream
+    /parcel_labels (voxels,)                         optional, parcel of each voxel, -1 for none
+    /gate (images, 1 | parcels, 2)                   optional, shares of global and local stream
+    /draws/{mean, variance} (images, units)          optional, over n draws; attrs n, seed
+
+Units are parcels, or the voxels (units) of the subject store in its order. Version 1 of the
+format has no parcel labels, no draws and no rows of kind ``component``; it can still be read.
 """
 
 from __future__ import annotations
@@ -20,146 +25,47 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from chasm.errors import DataError
+from chasm.evaluation.prediction_parts import (
+    MAIN_TARGET,
+    RESERVED_ROWS,
+    AlternativeTarget,
+    Draws,
+    FloatArray,
+    Membership,
+    PredictionRow,
+    RunInfo,
+    Units,
+    voxel_membership,
+)
 from chasm.io import atomic_path
 
+__all__ = [
+    "FORMAT",
+    "FORMAT_VERSION",
+    "MAIN_TARGET",
+    "RESERVED_ROWS",
+    "AlternativeTarget",
+    "Draws",
+    "FloatArray",
+    "Membership",
+    "PredictionFile",
+    "PredictionRow",
+    "RunInfo",
+    "Units",
+    "voxel_membership",
+]
+
 FORMAT = "chasm-predictions"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
-MAIN_TARGET = "target"
-"""Name of the target that every row is scored against first."""
-
-RESERVED_ROWS = ("mean pattern", "noise ceiling")
-"""Rows that are computed from the file itself, for each of its targets."""
-
-FloatArray = NDArray[np.floating[Any]]
-
-
-@dataclass(frozen=True)
-class PredictionRow:
-    """The predictions of one model or baseline.
-
-    Attributes
-    ----------
-    values
-        (images, units), in the units of the target.
-    kind
-        ``model`` or ``baseline``.
-    n_parameters
-        Trained parameters, None when unknown.
-    details
-        JSON-serialisable facts (spaces, penalties, checkpoint).
-    trained_on
-        Target that it was fitted to: `MAIN_TARGET`, or the name of another one.
-    """
-
-    values: FloatArray
-    kind: Literal["model", "baseline"]
-    n_parameters: int | None = None
-    details: Mapping[str, Any] = field(default_factory=dict)
-    trained_on: str = MAIN_TARGET
-
-
-@dataclass(frozen=True)
-class AlternativeTarget:
-    """Another reading of the same test trials, e.g. the top-p parcel mean.
-
-    Attributes
-    ----------
-    values
-        (images, units).
-    train_mean
-        (units,), mean of this target over the train images.
-    ncsnr
-        (units,), None when it is not known for this target; then nothing is divided by it.
-    rows
-        Rows that were fitted to this target; here they replace the file's rows of the same
-        name. The other rows are scored as they are.
-    """
-
-    values: FloatArray
-    train_mean: FloatArray
-    ncsnr: FloatArray | None = None
-    rows: Mapping[str, PredictionRow] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Units:
-    """What is predicted: voxels, or parcels of voxels.
-
-    Attributes
-    ----------
-    size
-        (units,), voxels per unit (1 for voxels).
-    ncsnr
-        (units,), noise-ceiling signal-to-noise ratio of a single trial; NaN where unknown.
-    position
-        (units, 3), centre in mm; NaN where unknown.
-    """
-
-    size: NDArray[np.int64]
-    ncsnr: FloatArray
-    position: FloatArray
-
-
-@dataclass(frozen=True)
-class Membership:
-    """How many voxels of each unit lie in each ROI of an atlas.
-
-    Attributes
-    ----------
-    counts
-        (units, ROIs), voxels.
-    names
-        ROI names, in the order of the columns.
-    """
-
-    counts: NDArray[np.int64]
-    names: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class RunInfo:
-    """Where the predictions come from.
-
-    Attributes
-    ----------
-    subject, dataset
-        E.g. ``subj01`` of ``nsd``.
-    simulated
-        True for simulated data; every table and page then says so.
-    unit
-        ``parcel`` or ``voxel``.
-    split
-        Name of the split whose test images these are.
-    weights_label
-        Of the backbone: ``hub``, ``file:<sha>``, ``UNTRAINED`` or ``weight-free``.
-    model
-        Name of the trained model.
-    backbone
-        Name of the frozen backbone.
-    config
-        The resolved recipe, YAML.
-    fingerprints
-        Of the store, the token cache, the checkpoint.
-    """
-
-    subject: str
-    dataset: str
-    simulated: bool
-    unit: Literal["parcel", "voxel"]
-    split: str
-    weights_label: str = ""
-    model: str = ""
-    backbone: str = ""
-    config: str = ""
-    fingerprints: Mapping[str, str] = field(default_factory=dict)
+AGAIN = "Write the file again with `chasm test`."
 
 
 @dataclass(frozen=True)
@@ -172,7 +78,8 @@ class PredictionFile:
     ------
     DataError
         If a shape does not fit, a target or a prediction is not finite, an image occurs twice,
-        a row has a reserved name, or a target's own row replaces none.
+        a row has a reserved name, a target's own row replaces none, or parcels, gate or draws
+        do not belong to these units.
     """
 
     image_id: NDArray[np.int64]
@@ -185,7 +92,9 @@ class PredictionFile:
     membership: Mapping[str, Membership] = field(default_factory=dict)
     repeat_targets: FloatArray | None = None
     targets: Mapping[str, AlternativeTarget] = field(default_factory=dict)
+    parcel_labels: NDArray[np.int64] | None = None
     gate: FloatArray | None = None
+    draws: Draws | None = None
     where: str = "predictions"
 
     def __post_init__(self) -> None:
@@ -198,6 +107,25 @@ class PredictionFile:
             raise self._error("repeats", "an image without a trial", "Leave such images out.")
         self._check_values("target", self.target, (n_images, n_units))
         self._check_values("train_mean", self.train_mean, (n_units,))
+        self._check_rows(n_images, n_units)
+        self._check_shape("units/size", self.units.size, (n_units,))
+        self._check_shape("units/ncsnr", self.units.ncsnr, (n_units,))
+        self._check_shape("units/position", self.units.position, (n_units, 3))
+        for name, atlas in self.membership.items():
+            self._check_shape(f"membership/{name}", atlas.counts, (n_units, len(atlas.names)))
+        if self.repeat_targets is not None:
+            shape = (n_images, np.shape(self.repeat_targets)[1], n_units)
+            self._check_shape("repeat_targets", self.repeat_targets, shape)
+        self._check_parcels(n_units)
+        self._check_gate(n_images, n_units)
+        if self.draws is not None:
+            for name in ("mean", "variance"):
+                values = getattr(self.draws, name)
+                self._check_values(f"draws/{name}", values, (n_images, n_units))
+            if self.draws.n < 2:
+                raise self._error("draws", f"{self.draws.n} per image", "Draw at least 2.")
+
+    def _check_rows(self, n_images: int, n_units: int) -> None:
         for name, row in self.rows.items():
             if name in RESERVED_ROWS or "/" in name:
                 raise self._error(
@@ -218,14 +146,33 @@ class PredictionFile:
                         f"Use one of: {', '.join(self.rows)}.",
                     )
                 self._check_values(where, row.values, (n_images, n_units))
-        self._check_shape("units/size", self.units.size, (n_units,))
-        self._check_shape("units/ncsnr", self.units.ncsnr, (n_units,))
-        self._check_shape("units/position", self.units.position, (n_units, 3))
-        for name, atlas in self.membership.items():
-            self._check_shape(f"membership/{name}", atlas.counts, (n_units, len(atlas.names)))
-        if self.repeat_targets is not None:
-            shape = (n_images, np.shape(self.repeat_targets)[1], n_units)
-            self._check_shape("repeat_targets", self.repeat_targets, shape)
+
+    def _check_parcels(self, n_units: int) -> None:
+        if self.parcel_labels is None:
+            return
+        labels = np.asarray(self.parcel_labels)
+        if self.info.unit == "parcel":
+            members = np.bincount(labels[labels >= 0], minlength=n_units)
+            if not np.array_equal(members, self.units.size):
+                raise self._error(
+                    "parcel_labels",
+                    f"voxels per parcel are not those of /units/size (max {labels.max()} found)",
+                    AGAIN,
+                )
+        else:
+            self._check_shape("parcel_labels", labels, (n_units,))
+
+    def _check_gate(self, n_images: int, n_units: int) -> None:
+        if self.gate is None:
+            return
+        widths = {1, n_units}
+        if self.parcel_labels is not None:
+            widths.add(int(np.max(self.parcel_labels)) + 1)
+        found = np.shape(self.gate)
+        if len(found) != 3 or found[1] not in widths:
+            listed = " or ".join(str(width) for width in sorted(widths))
+            raise self._error("gate", f"shape {found}, expected ({n_images}, {listed}, 2)", AGAIN)
+        self._check_values("gate", self.gate, (n_images, found[1], 2))
 
     @property
     def n_images(self) -> int:
@@ -245,7 +192,7 @@ class PredictionFile:
             raise self._error(
                 name,
                 f"shape {np.shape(value)}, expected {expected}",
-                "Write the file again with `chasm test`.",
+                AGAIN,
             )
 
     def _check_values(self, name: str, value: Any, expected: tuple[int, ...]) -> None:
@@ -264,8 +211,9 @@ class PredictionFile:
             file.attrs.update(info)
             file.attrs["format"] = FORMAT
             file.attrs["format_version"] = FORMAT_VERSION
-            for name in ("image_id", "repeats"):
-                file[name] = np.asarray(getattr(self, name), dtype=np.int64)
+            for name in ("image_id", "repeats", "parcel_labels"):
+                if getattr(self, name) is not None:
+                    file[name] = np.asarray(getattr(self, name), dtype=np.int64)
             for name in ("target", "train_mean", "repeat_targets", "gate"):
                 if getattr(self, name) is not None:
                     file[name] = np.asarray(getattr(self, name), dtype=np.float32)
@@ -284,6 +232,11 @@ class PredictionFile:
                     f"membership/{name}", data=np.asarray(atlas.counts, dtype=np.int64)
                 )
                 dataset.attrs["names"] = json.dumps(list(atlas.names))
+            if self.draws is not None:
+                group = file.create_group("draws")
+                group.attrs.update(n=self.draws.n, seed=self.draws.seed)
+                for name in ("mean", "variance"):
+                    group[name] = np.asarray(getattr(self.draws, name), dtype=np.float32)
         return Path(path)
 
     @classmethod
@@ -295,13 +248,12 @@ class PredictionFile:
         DataError
             If the file is missing, damaged, of another format or of a newer version.
         """
-        remedy = "Write the file again with `chasm test`."
         if not Path(path).is_file():
             raise DataError(path, "no such file", "Run `chasm test` first.")
         try:
             with h5py.File(path, "r") as file:
                 if file.attrs.get("format") != FORMAT:
-                    raise DataError(f"{path}:format", f"not a {FORMAT} file", remedy)
+                    raise DataError(f"{path}:format", f"not a {FORMAT} file", AGAIN)
                 version = int(file.attrs.get("format_version", 0))
                 if version > FORMAT_VERSION:
                     raise DataError(
@@ -311,7 +263,7 @@ class PredictionFile:
                     )
                 return cls(**_read_fields(file), where=str(path))
         except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise DataError(path, f"damaged or incomplete ({error})", remedy) from error
+            raise DataError(path, f"damaged or incomplete ({error})", AGAIN) from error
 
 
 def _write_rows(group: h5py.Group, rows: Mapping[str, PredictionRow]) -> None:
@@ -355,7 +307,12 @@ def _read_fields(file: h5py.File) -> dict[str, Any]:
         for name, data in file.get("membership", {}).items()
     }
     fields = {name: file[name][:] for name in ("image_id", "repeats", "target", "train_mean")}
-    fields |= {name: file[name][:] for name in ("repeat_targets", "gate") if name in file}
+    optional = ("repeat_targets", "parcel_labels", "gate")
+    fields |= {name: file[name][:] for name in optional if name in file}
+    if "draws" in file:
+        group = file["draws"]
+        n, seed = int(group.attrs["n"]), int(group.attrs["seed"])
+        fields["draws"] = Draws(n, seed, group["mean"][:], group["variance"][:])
     units = Units(**{name: file[f"units/{name}"][:] for name in Units.__dataclass_fields__})
     return {
         **fields,
@@ -365,18 +322,3 @@ def _read_fields(file: h5py.File) -> dict[str, Any]:
         "units": units,
         "info": RunInfo(**attributes),
     }
-
-
-def voxel_membership(labels: NDArray[Any], names: Mapping[int, str]) -> Membership:
-    """Membership of single voxels in the ROIs of an atlas.
-
-    Parameters
-    ----------
-    labels
-        (voxels,), NSD's convention: -1 outside cortex, 0 in no ROI, k in ROI k.
-    names
-        Name of each label k >= 1.
-    """
-    keys = [key for key in sorted(names) if key >= 1]
-    counts = np.asarray(labels)[:, None] == np.asarray(keys, dtype=np.int64)[None, :]
-    return Membership(counts.astype(np.int64), tuple(names[key] for key in keys))

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chasm.data.nsd import STREAM_GROUPS
-from chasm.evaluation.predictions import Membership, Units
+from chasm.evaluation.prediction_parts import Membership, Units
 
 FloatArray = NDArray[np.floating[Any]]
 Level = Literal["all", "group", "roi"]
@@ -105,10 +105,34 @@ def weighted_mean(values: FloatArray, weights: FloatArray) -> FloatArray:
     ndarray
         (..., regions); NaN where a region has no unit with a value.
     """
-    valid = np.isfinite(values)
-    total = valid.astype(np.float64) @ weights
-    summed = np.where(valid, values, 0.0) @ weights
+    summed, total = sums_over_units(values, weights, np.ones(values.shape[-1]))
     return np.divide(summed, total, out=np.full_like(summed, np.nan), where=total > 0)
+
+
+def sums_over_units(
+    values: FloatArray, weights: FloatArray, other: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """Weighted sums of values, and of another quantity, over the units that have a value.
+
+    Parameters
+    ----------
+    values
+        (..., units), NaN where there is none.
+    weights
+        (units, regions).
+    other
+        (units,).
+
+    Returns
+    -------
+    values, other
+        Each (..., regions).
+    """
+    valid = np.isfinite(values)
+    if valid.all():
+        summed = values @ weights
+        return summed, np.broadcast_to(other @ weights, summed.shape)
+    return np.where(valid, values, 0.0) @ weights, (valid * other) @ weights
 
 
 def weighted_median(values: FloatArray, weights: FloatArray) -> FloatArray:

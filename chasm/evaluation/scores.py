@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -26,8 +27,10 @@ from chasm.evaluation.bootstrap import (
     resample_counts,
 )
 from chasm.evaluation.catalogue import METRICS
-from chasm.evaluation.predictions import MAIN_TARGET, PredictionFile, PredictionRow, RunInfo
+from chasm.evaluation.prediction_parts import MAIN_TARGET, Draws, PredictionRow, RunInfo
+from chasm.evaluation.predictions import PredictionFile
 from chasm.evaluation.regions import Region, make_regions, weight_matrix, weighted_mean
+from chasm.evaluation.sampling import compare_spreads
 from chasm.noise_ceiling import noise_ceiling
 
 FloatArray = NDArray[np.floating[Any]]
@@ -53,6 +56,12 @@ class Scores:
         (units,), noise ceiling in r² units; NaN where unknown.
     n_images, n_boot, seed
         Size of the test set and of the bootstrap.
+    gains
+        Tidy table of every model minus each of its components on the same resamples: target,
+        row, other, metric, level, atlas, region, difference, difference_low, difference_high.
+    draws, spreads
+        The model's draws, and their spread against that of repeats, see
+        `chasm.evaluation.sampling.compare_spreads`; None where it gives none.
     """
 
     frame: pd.DataFrame
@@ -64,6 +73,9 @@ class Scores:
     n_images: int
     n_boot: int
     seed: int
+    gains: pd.DataFrame
+    draws: Draws | None = None
+    spreads: pd.DataFrame | None = None
 
 
 def score(
@@ -86,10 +98,10 @@ def score(
     Returns
     -------
     Scores
-        Columns of the frame: target, row, kind (``reference``, ``baseline``, ``model``,
-        ``ceiling``), trained_on (the target a row was fitted to), n_parameters, metric, level,
-        atlas, region, n_units, n_voxels, mean_nc, target_variance, value, low, high (95 %
-        percentile interval over images), left_out (units or images without a value),
+        Columns of the frame: target, row, kind (``reference``, ``baseline``, ``component``,
+        ``model``, ``ceiling``), trained_on (the target a row was fitted to), n_parameters,
+        metric, level, atlas, region, n_units, n_voxels, mean_nc, target_variance, value, low,
+        high (95 % percentile interval over images), left_out (units or images without a value),
         best_baseline (see `best_baseline`), difference, difference_low, difference_high (row
         minus the best baseline on the same resamples).
 
@@ -103,14 +115,13 @@ def score(
     counts = resample_counts(file.n_images, n_boot, seed)
     targets = _targets(file, regions, nc_threshold)
     own_rows = [{}, *(other.rows for other in file.targets.values())]
-    frames = [
+    scored = [
         _score_target(target, {**file.rows, **own}, counts)
         for target, own in zip(targets, own_rows, strict=True)
     ]
-    predicted = _predictions(targets[0], file.rows)
-    units = {name: unit_scores_of(values, targets[0]) for name, values in predicted.items()}
+    units = scored[0].units
     return Scores(
-        frame=pd.concat(frames, ignore_index=True),
+        frame=pd.concat([part.frame for part in scored], ignore_index=True),
         info=file.info,
         regions=regions,
         unit_r2={name: scores.r2[0] for name, scores in units.items()},
@@ -119,6 +130,9 @@ def score(
         n_images=file.n_images,
         n_boot=n_boot,
         seed=seed,
+        gains=pd.concat([part.gains for part in scored], ignore_index=True),
+        draws=file.draws,
+        spreads=compare_spreads(file, regions, counts),
     )
 
 
@@ -149,15 +163,24 @@ def _targets(
 
 
 def _predictions(target: ScoredTarget, rows: Mapping[str, PredictionRow]) -> dict[str, FloatArray]:
-    """Predictions in the order of the table: the mean pattern, baselines, models."""
+    """Predictions in the order of the table: the mean pattern, baselines, components, models."""
     mean_pattern = np.broadcast_to(target.train_mean, target.values.shape)
-    models_last = sorted(rows, key=lambda name: rows[name].kind == "model")
+    rank = {"baseline": 0, "component": 1, "model": 2}
+    models_last = sorted(rows, key=lambda name: rank[rows[name].kind])
     return {MEAN_PATTERN: mean_pattern, **{name: rows[name].values for name in models_last}}
+
+
+class _ScoredRows(NamedTuple):
+    """Scores against one target: tidy tables, and per row the scores of every unit."""
+
+    frame: pd.DataFrame
+    gains: pd.DataFrame
+    units: dict[str, UnitScores]
 
 
 def _score_target(
     target: ScoredTarget, rows: Mapping[str, PredictionRow], counts: FloatArray
-) -> pd.DataFrame:
+) -> _ScoredRows:
     predictions = _predictions(target, rows)
     units = {name: unit_scores_of(values, target) for name, values in predictions.items()}
     images = {name: image_scores_of(values, target) for name, values in predictions.items()}
@@ -180,19 +203,44 @@ def _score_target(
         }
         columns = _with_interval(points[name], samples[name], ("value", "low", "high"))
         if name not in (best, NOISE_CEILING):
-            columns |= _with_interval(
-                {key: points[name][key] - points[best][key] for key in METRICS},
-                {key: samples[name][key] - samples[best][key] for key in METRICS},
-                ("difference", "difference_low", "difference_high"),
-            )
+            columns |= _difference(points, samples, name, best)
         if name in left_out:
             columns["left_out"] = left_out[name]
         for key in METRICS:
             for index, fact in enumerate(facts):
                 values = {column: table[key][index] for column, table in columns.items()}
                 lines.append(start | {"metric": key} | fact | values)
-    return pd.DataFrame(lines, columns=COLUMNS)
+    gains = _gains(target.name, points, samples, rows, facts)
+    return _ScoredRows(pd.DataFrame(lines, columns=COLUMNS), gains, units)
 
+
+def _gains(
+    target: str,
+    points: Mapping[str, RegionTable],
+    samples: Mapping[str, RegionTable],
+    rows: Mapping[str, PredictionRow],
+    facts: list[dict[str, Any]],
+) -> pd.DataFrame:
+    """Every model minus each component, see `Scores.gains`."""
+    lines: list[dict[str, Any]] = []
+    models, others = (
+        [name for name, row in rows.items() if row.kind == kind] for kind in ("model", "component")
+    )
+    for name, other in product(models, others):
+        columns = _difference(points, samples, name, other)
+        for key in METRICS:
+            for index, fact in enumerate(facts):
+                values = {column: table[key][index] for column, table in columns.items()}
+                place = {part: fact[part] for part in ("level", "atlas", "region")}
+                start = {"target": target, "row": name, "other": other, "metric": key}
+                lines.append(start | place | values)
+    return pd.DataFrame(lines, columns=GAIN_COLUMNS)
+
+
+GAIN_COLUMNS = [
+    *("target", "row", "other", "metric", "level", "atlas", "region"),
+    *("difference", "difference_low", "difference_high"),
+]
 
 COLUMNS = [
     *("target", "row", "kind", "trained_on", "n_parameters"),
@@ -200,6 +248,17 @@ COLUMNS = [
     *("n_units", "n_voxels", "mean_nc", "target_variance", "value", "low", "high", "left_out"),
     *("best_baseline", "difference", "difference_low", "difference_high"),
 ]
+
+
+def _difference(
+    points: Mapping[str, RegionTable], samples: Mapping[str, RegionTable], name: str, other: str
+) -> dict[str, dict[str, FloatArray]]:
+    """Columns of one row minus another on the same resamples."""
+    return _with_interval(
+        {key: points[name][key] - points[other][key] for key in METRICS},
+        {key: samples[name][key] - samples[other][key] for key in METRICS},
+        ("difference", "difference_low", "difference_high"),
+    )
 
 
 def _with_interval(

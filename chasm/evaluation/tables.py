@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import pandas as pd
 from rich.console import Console, Group
-from rich.table import Table
 from rich.text import Text
 
 from chasm.evaluation.catalogue import (
@@ -18,10 +15,11 @@ from chasm.evaluation.catalogue import (
     ROI_METRICS,
     label_of,
 )
-from chasm.evaluation.predictions import MAIN_TARGET
+from chasm.evaluation.grids import Grid, Line, cells_of, markdown_grid, number, rich_grid
+from chasm.evaluation.prediction_parts import MAIN_TARGET
+from chasm.evaluation.sampling import sampling_grid
 from chasm.evaluation.scores import Scores
 
-STYLES = {"model": "bold", "reference": "dim", "ceiling": "italic"}
 _MIN_WIDTH = 110
 
 BEST_BASELINE = (
@@ -30,50 +28,6 @@ BEST_BASELINE = (
     "do not include that choice."
 )
 """How the row is chosen that models are compared with."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A number with its interval, each None where there is none."""
-
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-    signed: bool = False
-
-    @property
-    def text(self) -> str:
-        """The value, ``–`` when there is none."""
-        if self.value is None:
-            return "–"
-        return f"{self.value:+.3f}" if self.signed else f"{self.value:.3f}"
-
-    @property
-    def interval(self) -> str:
-        """``[low, high]``, empty when there is none."""
-        if self.low is None or self.high is None:
-            return ""
-        digits = "+.2f" if self.signed else ".2f"
-        return f"[{self.low:{digits}}, {self.high:{digits}}]"
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of a grid: its label, kind (for the style) and cells or plain texts."""
-
-    label: str
-    kind: str
-    cells: tuple[Cell | str, ...]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table in words and numbers, independent of how it is shown."""
-
-    title: str
-    columns: tuple[str, ...]
-    lines: tuple[Line, ...]
-    note: str = ""
 
 
 def headline(scores: Scores) -> str:
@@ -94,7 +48,7 @@ def headline(scores: Scores) -> str:
 
 def target_name(target: str, unit: str) -> str:
     """Return what a target is called in a title."""
-    main = "plain parcel means" if unit == "parcel" else "voxels"
+    main = "plain parcel means" if unit == "parcel" else f"{unit}s"
     return {MAIN_TARGET: main, "top_p": "top-p parcel means"}.get(target, target)
 
 
@@ -116,7 +70,7 @@ def score_grid(
         f"Scores against {target_name(target, unit)}{suffix}",
         columns,
         tuple(
-            Line(str(name), part["kind"].iloc[0], _cells(part, "metric", metrics))
+            Line(str(name), part["kind"].iloc[0], cells_of(part, "metric", metrics))
             for name, part in frame.groupby("row", sort=False)
         ),
         f"{left_out} {_trained_note(frame, target, unit)}".strip(),
@@ -126,7 +80,10 @@ def score_grid(
 def difference_grid(
     scores: Scores, metrics: Sequence[str], target: str = MAIN_TARGET
 ) -> Grid | None:
-    """Models minus the best baseline on the same resamples; None without a model."""
+    """Models minus the best baseline, and minus their components, on the same resamples.
+
+    None without a model.
+    """
     frame = scores.frame
     frame = frame[
         (frame["target"] == target) & (frame["level"] == "all") & (frame["kind"] == "model")
@@ -134,13 +91,22 @@ def difference_grid(
     if frame.empty:
         return None
     best = frame["best_baseline"].iloc[0]
+    lines = [
+        Line(f"{name} − {best}", "model", cells_of(part, "metric", metrics, "difference"))
+        for name, part in frame.groupby("row", sort=False)
+    ]
+    gains = scores.gains
+    gains = gains[(gains["target"] == target) & (gains["level"] == "all")]
+    lines += [
+        Line(f"{name} − {other}", "model", cells_of(part, "metric", metrics, "difference"))
+        for (name, other), part in gains.groupby(["row", "other"], sort=False)
+    ]
     return Grid(
-        f"Difference to the best baseline ({best}), same resamples",
+        f"Difference to the best baseline ({best}), same resamples"
+        if gains.empty
+        else f"Differences to the best baseline ({best}) and to parts of the model, same resamples",
         tuple(label_of(metric, scores.info.unit, short=True) for metric in metrics),
-        tuple(
-            Line(f"{name} − {best}", "model", _cells(part, "metric", metrics, "difference"))
-            for name, part in frame.groupby("row", sort=False)
-        ),
+        tuple(lines),
         BEST_BASELINE + (" For the squared error, below 0 is better." if "mse" in metrics else ""),
     )
 
@@ -157,15 +123,15 @@ def group_grid(scores: Scores, metric: str, target: str = MAIN_TARGET) -> Grid |
     if len(regions) < 2:
         return None
     known = zip(regions["region"], regions["n_voxels"], regions["mean_nc"], strict=True)
-    facts = ", ".join(f"{region} {voxels} ({_number(nc)})" for region, voxels, nc in known)
+    facts = ", ".join(f"{region} {voxels} ({number(nc)})" for region, voxels, nc in known)
     return Grid(
         f"{label_of(metric, scores.info.unit)}, by group",
         tuple(regions["region"]),
         tuple(
-            Line(str(name), part["kind"].iloc[0], _cells(part, "region", regions["region"]))
+            Line(str(name), part["kind"].iloc[0], cells_of(part, "region", regions["region"]))
             for name, part in frame.groupby("row", sort=False)
         ),
-        f"Voxels (mean noise ceiling): {facts}.",
+        f"{voxels_name(scores.info.unit)} (mean noise ceiling): {facts}.",
     )
 
 
@@ -175,27 +141,30 @@ def region_grid(scores: Scores, metric: str, target: str = MAIN_TARGET) -> Grid 
     frame = frame[
         (frame["target"] == target) & (frame["metric"] == metric) & (frame["level"] == "roi")
     ]
-    frame = frame[frame["kind"].isin(["model", "baseline"])]
+    frame = frame[frame["kind"].isin(["model", "component", "baseline"])]
     if frame.empty:
         return None
     names = list(frame["row"].unique())
+    unit = scores.info.unit
+    parcels = unit == "parcel"
     lines = []
     for (atlas, region), part in frame.groupby(["atlas", "region"], sort=False):
         first = part.iloc[0]
-        facts = (
-            f"{atlas}",
-            f"{first['n_voxels']}",
-            f"{first['n_units']}",
-            _number(first["mean_nc"]),
-        )
-        lines.append(Line(f"{region}", str(atlas), (*facts, *_cells(part, "row", names))))
-    unit = scores.info.unit
+        counts = [f"{first['n_voxels']}"] + ([f"{first['n_units']}"] if parcels else [])
+        facts = (f"{atlas}", *counts, number(first["mean_nc"]))
+        lines.append(Line(f"{region}", str(atlas), (*facts, *cells_of(part, "row", names))))
+    counted = [voxels_name(unit)] + (["Parcels"] if parcels else [])
     return Grid(
         f"{label_of(metric, unit)}, by ROI",
-        ("Atlas", "Voxels", f"{unit.capitalize()}s", "Mean ceiling", *names),
+        ("Atlas", *counted, "Mean ceiling", *names),
         tuple(lines),
-        f"A {unit} counts with its number of voxels in the ROI." if unit == "parcel" else "",
+        "A parcel counts with its number of voxels in the ROI." if parcels else "",
     )
+
+
+def voxels_name(unit: str) -> str:
+    """Return what the smallest units are called in a heading: voxels, where they may be so."""
+    return "Units" if unit == "unit" else "Voxels"
 
 
 def published_grid() -> Grid:
@@ -220,6 +189,13 @@ def grids(scores: Scores, group_metrics: Sequence[str] = GROUP_METRICS) -> list[
     return [grid for grid in found if grid is not None]
 
 
+def draws_grid(scores: Scores) -> Grid | None:
+    """Draws against repeats, see `chasm.evaluation.sampling`; None where there are none."""
+    if scores.draws is None or scores.spreads is None:
+        return None
+    return sampling_grid(scores.spreads, scores.draws, scores.info.unit)
+
+
 def alternative_targets(scores: Scores) -> list[str]:
     """Names of the targets beside the main one."""
     return [name for name in scores.frame["target"].unique() if name != MAIN_TARGET]
@@ -236,15 +212,17 @@ def target_grid(scores: Scores, target: str, n_metrics: int | None = None) -> Gr
 def markdown(scores: Scores) -> str:
     """Return the whole score table as Markdown."""
     parts = [f"# {headline(scores)}", method(scores)]
-    parts += [_markdown_grid(grid) for grid in grids(scores)]
+    parts += [markdown_grid(grid) for grid in grids(scores)]
     parts += [
-        _markdown_grid(grid)
+        markdown_grid(grid)
         for grid in (region_grid(scores, metric) for metric in ROI_METRICS)
         if grid is not None
     ]
     for target in alternative_targets(scores):
-        parts.append(_markdown_grid(target_grid(scores, target)))
-    parts.append(_markdown_grid(published_grid()))
+        parts.append(markdown_grid(target_grid(scores, target)))
+    drawn = draws_grid(scores)
+    parts += [] if drawn is None else [markdown_grid(drawn)]
+    parts.append(markdown_grid(published_grid()))
     return "\n\n".join(parts) + "\n"
 
 
@@ -256,29 +234,10 @@ def show(scores: Scores, console: Console | None = None) -> None:
     shown = grids(scores, GROUP_METRICS[:1])
     for target in alternative_targets(scores):
         shown.append(target_grid(scores, target, 4))
+    drawn = draws_grid(scores)
+    shown += [] if drawn is None else [drawn]
     title = Text(headline(scores), style="bold yellow" if scores.info.simulated else "bold")
-    console.print(Group(title, *(_rich_grid(grid) for grid in shown), Text(method(scores))))
-
-
-def _cells(
-    part: pd.DataFrame, by: str, keys: Iterable[str], column: str = "value"
-) -> tuple[Cell, ...]:
-    names = (
-        (column, "low", "high")
-        if column == "value"
-        else (column, f"{column}_low", f"{column}_high")
-    )
-    table = part.set_index(by)[list(names)].astype(float)
-    cells = []
-    for key in keys:
-        numbers = table.loc[key].to_numpy(dtype=float)
-        value, low, high = (None if math.isnan(x) else float(x) for x in numbers)
-        cells.append(Cell(value, low, high, signed=column != "value"))
-    return tuple(cells)
-
-
-def _number(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.3f}"
+    console.print(Group(title, *(rich_grid(grid) for grid in shown), Text(method(scores))))
 
 
 def _left_out_note(frame: pd.DataFrame, unit: str) -> str:
@@ -298,7 +257,7 @@ def _left_out_note(frame: pd.DataFrame, unit: str) -> str:
 
 def _trained_note(frame: pd.DataFrame, target: str, unit: str) -> str:
     """Say which target each row was trained on, unless it is `target` for all of them."""
-    fitted = frame[frame["kind"].isin(["baseline", "model"])].drop_duplicates("row")
+    fitted = frame[~frame["kind"].isin(["reference", "ceiling"])].drop_duplicates("row")
     if (fitted["trained_on"] == target).all() and target == MAIN_TARGET:
         return ""
     groups = fitted.groupby("trained_on", sort=False)["row"]
@@ -315,33 +274,3 @@ def method(scores: Scores) -> str:
         f"all rows (seed {scores.seed}). Ceilings per {scores.info.unit} come from the repeats of "
         "the whole recording and have no interval over test images."
     )
-
-
-def _markdown_grid(grid: Grid) -> str:
-    rows = [["", *grid.columns]]
-    for line in grid.lines:
-        label = f"**{line.label}**" if line.kind == "model" else line.label
-        texts = [
-            cell if isinstance(cell, str) else f"{cell.text} {cell.interval}".strip()
-            for cell in line.cells
-        ]
-        rows.append([label, *texts])
-    lines = ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows]
-    lines.insert(1, "|---" + "|--:" * len(grid.columns) + "|")
-    note = f"\n\n{grid.note}" if grid.note else ""
-    return f"## {grid.title}\n\n" + "\n".join(lines) + note
-
-
-def _rich_grid(grid: Grid) -> Table:
-    table = Table(title=grid.title, caption=grid.note or None, title_justify="left")
-    table.caption_justify = "left"
-    table.add_column("")
-    for column in grid.columns:
-        table.add_column(column, justify="right")
-    for line in grid.lines:
-        cells = [
-            cell if isinstance(cell, str) else f"{cell.text}\n{cell.interval}".rstrip()
-            for cell in line.cells
-        ]
-        table.add_row(line.label, *(Text(cell) for cell in cells), style=STYLES.get(line.kind))
-    return table

@@ -6,8 +6,9 @@ ViT have two orders of magnitude more features (256 x 768) than there are images
 
 The memory is that of the kernels, not of the features: with n train images and S spaces the
 peak is about ``4 bytes * (2 S + 4) n^2`` plus three copies of the targets, e.g. 2.6 GB for
-n = 9000 and S = 2, plus 1.7 GB for 16,000 units. The solver is himalaya's
-(Dupre la Tour et al., 2022), which the penalties per unit and the banded form come from.
+n = 9000 and S = 2, plus 1.7 GB for 16,000 units, and .3 GB for each CLS layer that has a probe
+of its own. The solver is himalaya's (Dupre la Tour et al., 2022), which the penalties per unit
+and the banded form come from.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ BANDS: FloatArray = np.array(
     [[0.5, 0.5], [1, 0], [0.9, 0.1], [0.7, 0.3], [0.3, 0.7], [0.1, 0.9], [0, 1]], dtype=np.float32
 )
 """Shares of the (CLS, patches) kernels searched by banded ridge."""
+
+_LAYER = "cls, layer "
+"""How the feature space of a single layer's CLS token is named, before its number."""
 
 
 def image_folds(
@@ -88,6 +92,7 @@ class LinearEncoder:
     ----------
     alpha_ : (units,) the penalty chosen.
     shares_ : (units, spaces) the shares chosen.
+    intercept_ : (units,) the prediction where every feature has its train mean.
     """
 
     def __init__(
@@ -170,9 +175,14 @@ class LinearEncoder:
         self.shares_: FloatArray = np.exp(np.asarray(deltas)).T * self.alpha_[:, None]
         self._dual: FloatArray = np.asarray(dual)
         self._deltas: FloatArray = np.asarray(deltas)
-        self._intercept: FloatArray = np.asarray(intercept)
+        self.intercept_: FloatArray = np.asarray(intercept)
         self.n_parameters_ = n_units * (1 + sum(kernels[s].n_features for s in self.spaces))
         return self
+
+    def dual_of(self, space: str) -> FloatArray:
+        """Dual weights of one space, (train rows, units): its part is kernel @ dual."""
+        weights: FloatArray = np.exp(self._deltas[self.spaces.index(space)]) * self._dual
+        return weights
 
     def predict(self, kernels: Mapping[str, FeatureKernels]) -> FloatArray:
         """Predict (test images, units) from the test kernels.
@@ -195,7 +205,7 @@ class LinearEncoder:
         predicted = predict_weighted_kernel_ridge(
             np.stack(blocks), self._dual, self._deltas, n_targets_batch=2048
         )
-        return np.asarray(predicted + self._intercept, dtype=np.float32)
+        return np.asarray(predicted + self.intercept_, dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -217,14 +227,27 @@ class BaselinePrediction:
     details: dict[str, Any]
 
 
-def linear_baselines(n_folds: int = 5, seed: int = 0) -> dict[str, LinearEncoder]:
-    """Make the linear rows that every score table carries."""
+def linear_baselines(
+    n_folds: int = 5, seed: int = 0, cls_layers: Sequence[int] = ()
+) -> dict[str, LinearEncoder]:
+    """Make the linear rows that every score table carries.
+
+    Parameters
+    ----------
+    n_folds, seed
+        See `LinearEncoder`.
+    cls_layers
+        Backbone layers whose CLS tokens are probed one by one; without any there is one probe,
+        of all CLS tokens together.
+    """
     options: dict[str, Any] = {"n_folds": n_folds, "seed": seed}
+    probes = {f"linear probe (CLS, layer {n})": f"{_LAYER}{n}" for n in cls_layers}
+    probes = probes or {"linear probe (CLS)": "cls"}
     return {
         "ridge": LinearEncoder(("cls", "patches"), **options),
         "ridge (patches)": LinearEncoder(("patches",), **options),
         "banded ridge": LinearEncoder(("cls", "patches"), shares=BANDS, **options),
-        "linear probe (CLS)": LinearEncoder(("cls",), **options),
+        **{name: LinearEncoder((space,), **options) for name, space in probes.items()},
     }
 
 
@@ -232,6 +255,7 @@ def baseline_kernels(
     tokens: Mapping[str, NDArray[Any]],
     train_rows: NDArray[np.int64],
     test_rows: NDArray[np.int64],
+    cls_layers: Sequence[int] = (),
 ) -> dict[str, FeatureKernels]:
     """Compute the kernels that all linear baselines share, whatever they are fitted to.
 
@@ -242,15 +266,29 @@ def baseline_kernels(
         of the token cache are welcome.
     train_rows, test_rows
         Rows of the tokens. A row may be repeated when an image has several rows of targets.
+    cls_layers
+        Numbers of the backbone layers of the CLS tokens, in their order. Where there are
+        several, each gets a kernel, and with it a linear probe, of its own.
 
     Raises
     ------
     DataError
-        If a token is not finite or no feature varies.
+        If a token is not finite, no feature varies, or there are more or fewer CLS tokens than
+        `cls_layers`.
     """
+    spaces = dict(tokens)
+    if cls_layers and len(cls_layers) != tokens["cls"].shape[1]:
+        raise DataError(
+            "tokens:cls",
+            f"{tokens['cls'].shape[1]} CLS tokens per image, but {len(cls_layers)} layers named",
+            "Name the layer of every CLS token.",
+        )
+    if len(cls_layers) > 1:
+        cls = tokens["cls"]
+        spaces |= {f"{_LAYER}{n}": cls[:, i : i + 1] for i, n in enumerate(cls_layers)}
     return {
         space: linear_kernels(values, train_rows, test_rows, description=f"kernel of {space}")
-        for space, values in tokens.items()
+        for space, values in spaces.items()
     }
 
 
@@ -267,7 +305,8 @@ def fit_to_kernels(
     Parameters
     ----------
     kernels
-        See `baseline_kernels`; the same ones serve any number of targets.
+        See `baseline_kernels`; the same ones serve any number of targets. Those of single CLS
+        layers get a linear probe each.
     targets
         (train rows, units), responses of the train rows. Test responses are never needed.
     groups
@@ -286,7 +325,8 @@ def fit_to_kernels(
         If a target is not finite or the rows do not match.
     """
     predictions = {}
-    encoders = linear_baselines(n_folds, seed)
+    layers = [int(space.removeprefix(_LAYER)) for space in kernels if space.startswith(_LAYER)]
+    encoders = linear_baselines(n_folds, seed, layers)
     for name, encoder in track(encoders.items(), "linear baselines", len(encoders)):
         encoder.fit(kernels, targets, groups)
         predictions[name] = BaselinePrediction(

@@ -37,4 +37,4 @@ class SpatialReadout(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Map (images, patches, d_model) to (images, parcels)."""
         drive = self.what(self.dropout(self.norm(tokens)))
-        return torch.einsum("bpk,kp->bk", drive, self.where) + self.bias
+        return (drive * self.where.T).sum(1) + self.bias

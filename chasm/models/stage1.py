@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from chasm.errors import ConfigError
+from chasm.models.encoder import ParcelEncoder, Stage1Output, check_choice, check_sizes
 from chasm.models.mamba import ResidualMamba
 from chasm.models.readout import SpatialReadout
-from chasm.models.tokens import TokenNoise, TokenScaler
 
 GateKind = Literal["image", "parcel"]
 Direction = Literal["forward", "alternate"]
 Readout = Literal["pooled", "spatial"]
-
-
-class Stage1Output(NamedTuple):
-    """What Stage 1 gives for a batch of images."""
-
-    parcels: Tensor
-    """(images, parcels), the prediction, z-scored percent signal change."""
-    global_parcels: Tensor
-    """(images, parcels), the global stream's prediction."""
-    local_parcels: Tensor
-    """(images, parcels), the local stream's prediction."""
-    gate: Tensor
-    """(images, 1 or parcels, 2), shares of the global and of the local stream; they sum to 1."""
-    global_features: Tensor
-    """(images, d_model), pooled tokens of the global stream."""
-    local_features: Tensor
-    """(images, d_model), pooled tokens of the local stream."""
-    visual_embedding: Tensor
-    """(images, d_embedding), for the contrastive loss; not normalised."""
 
 
 class GlobalStream(nn.Module):
@@ -181,7 +161,7 @@ class ContrastiveHeads(nn.Module):
         self.response = _projection(n_parcels, d_hidden, d_embedding)
 
 
-class DualStreamEncoder(nn.Module):
+class DualStreamEncoder(ParcelEncoder):
     """Predict parcel responses from CLS and patch tokens (CHASMBrain, Stage 1).
 
     The defaults are the paper's sizes; a recipe gives the options that its code sets (dropout,
@@ -257,16 +237,11 @@ class DualStreamEncoder(nn.Module):
         d_embedding: int = 256,
         scan: str = "auto",
     ) -> None:
-        super().__init__()
-        sizes = {"cls_width": cls_width, "n_cls": n_cls, "patch_width": patch_width}
-        sizes |= {"n_patches": n_patches, "n_parcels": n_parcels, "d_model": d_model}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ConfigError(f"model:{name}", f"found {size}", "Use a size of 1 or above.")
-        _check_choice("gate", gate, ("image", "parcel"))
-        _check_choice("direction", direction, ("forward", "alternate"))
-        _check_choice("readout", readout, ("pooled", "spatial"))
-        self.n_parcels = n_parcels
+        super().__init__(cls_width, n_cls, patch_width, n_patches, n_parcels, token_noise)
+        check_sizes(d_model=d_model)
+        check_choice("gate", gate, ("image", "parcel"))
+        check_choice("direction", direction, ("forward", "alternate"))
+        check_choice("readout", readout, ("pooled", "spatial"))
 
         def blocks(count: int, alternate: bool) -> list[ResidualMamba]:
             return [
@@ -285,9 +260,6 @@ class DualStreamEncoder(nn.Module):
                 for number in range(count)
             ]
 
-        self.cls_scaler = TokenScaler(n_cls, cls_width)
-        self.patch_scaler = TokenScaler(patch_width)
-        self.noise = TokenNoise(token_noise)
         self.global_stream = GlobalStream(
             cls_width, n_parcels, d_model, blocks(global_blocks, False), dropout
         )
@@ -319,8 +291,9 @@ class DualStreamEncoder(nn.Module):
         Stage1Output
             The prediction ``gate[..., 0] * global + gate[..., 1] * local`` and its parts.
         """
-        global_features, global_parcels = self.global_stream(self.noise(self.cls_scaler(cls)))
-        local_features, local_parcels = self.local_stream(self.noise(self.patch_scaler(patches)))
+        cls, patches = self.scaled(cls, patches)
+        global_features, global_parcels = self.global_stream(cls)
+        local_features, local_parcels = self.local_stream(patches)
         gate = self.gate(global_features, local_features)
         parcels = gate[..., 0] * global_parcels + gate[..., 1] * local_parcels
         share = gate.mean(1)
@@ -348,9 +321,3 @@ def _projection(width: int, d_hidden: int, d_embedding: int) -> nn.Sequential:
         nn.Linear(d_hidden, d_embedding),
         nn.LayerNorm(d_embedding),
     )
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        listed = ", ".join(choices)
-        raise ConfigError(f"model:{name}", f"found {value!r}", f"Use one of: {listed}.")

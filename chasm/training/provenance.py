@@ -38,6 +38,7 @@ def provenance(recipe: Recipe, data: NSDDataModule) -> dict[str, Any]:
         "tokens": {
             "path": str(tokens.folder), "fingerprint": tokens.fingerprint,
             "backbone": data.backbone.model, "weights": tokens.weights_label,
+            "backbone_key": tokens.manifest["backbone"],
         },
         "split": {
             "name": split.name, "train": len(split.train),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Optional
 
 import lightning as L
 import torch
@@ -16,7 +18,13 @@ from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from chasm.data.datamodule import NSDDataModule
-from chasm.errors import ConfigError
+from chasm.errors import ChasmError, ConfigError
+from chasm.training.base import EncodingModule
+
+STAGE1_DATA = (
+    "subject", "dataset_dir", "backbone", "split", "split_seed", "statistics", "parcels",
+)  # fmt: skip
+"""Data settings that a Stage 1 takes from the Stage 2 that it is trained for."""
 
 
 @dataclass
@@ -61,10 +69,12 @@ class Recipe(LightningCLI):
                 self._parse(args)
         except ArgumentError as error:
             raise _one_line(error, args) from error
+        if self.config["stage1"] is not None:
+            self.config["stage1"] = str(_found(self.config["stage1"], args))
 
     def _parse(self, args: Sequence[str]) -> None:
         super().__init__(
-            L.LightningModule,
+            EncodingModule,
             NSDDataModule,
             subclass_mode_model=True,
             run=False,
@@ -84,6 +94,13 @@ class Recipe(LightningCLI):
         """Add the selection; let one seed fix everything."""
         parser.add_argument("--name", type=str, default="run", help="Name of the recipe.")
         parser.add_argument("--runs", type=str, default="runs", help="Folder of all runs.")
+        parser.add_argument(
+            "--stage1",
+            type=Optional[str],  # noqa: UP045 (read by jsonargparse)
+            default=None,
+            help="What a Stage 2 builds on: a recipe (trained when needed), a run or a checkpoint; "
+            "relative to the working folder or to the recipe that names it.",
+        )
         parser.add_class_arguments(Selection, "selection")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
@@ -106,6 +123,21 @@ class Recipe(LightningCLI):
         return str(self.config["runs"])
 
     @property
+    def stage1(self) -> Path | None:
+        """Recipe, run or checkpoint of the Stage 1 that a Stage 2 builds on."""
+        return None if self.config["stage1"] is None else Path(self.config["stage1"])
+
+    def stage1_recipe(self) -> Recipe:
+        """Give the recipe of Stage 1, on the same subject, tokens, split, parcels and seed."""
+        settings = self.settings()
+        data = settings["data"]
+        args = ["-c", str(self.stage1), "--runs", self.runs, "--seed_everything", str(self.seed)]
+        for key in STAGE1_DATA:
+            value = data[key]
+            args += [f"--data.{key}", value if isinstance(value, str) else json.dumps(value)]
+        return Recipe(args)
+
+    @property
     def selection(self) -> Selection:
         """How validation selects."""
         return Selection(**vars(self.config["selection"]))
@@ -114,7 +146,7 @@ class Recipe(LightningCLI):
         """Make the data module."""
         return self._instantiate("data")
 
-    def make_model(self) -> L.LightningModule:
+    def make_model(self) -> EncodingModule:
         """Make the model (unbuilt: its sizes come from the data)."""
         if self.config["model"] is None:
             raise ConfigError("model", "the recipe names no model", "Add `model: class_path: ...`.")
@@ -151,7 +183,16 @@ class Recipe(LightningCLI):
         return config
 
     def _instantiate(self, part: str) -> Any:
-        return self.parser.instantiate(self._only(part))[part]
+        try:
+            return self.parser.instantiate(self._only(part))[part]
+        except ValueError as error:
+            # jsonargparse wraps what a class says of its own arguments.
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, ChasmError):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None:
+                raise
+            raise cause from None
 
     def resolved(self) -> str:
         """Return every setting, defaults included, as YAML that gives this recipe again."""
@@ -160,6 +201,15 @@ class Recipe(LightningCLI):
     def settings(self) -> dict[str, Any]:
         """Every setting as plain types."""
         return yaml.safe_load(self.resolved())
+
+
+def _found(name: str, args: Sequence[str]) -> Path:
+    """Find a path that is relative to the working folder or to a recipe among the arguments."""
+    configs = [Path(a) for flag, a in pairwise(args) if flag in ("-c", "--config")]
+    for folder in (Path.cwd(), *(config.parent for config in reversed(configs))):
+        if (folder / name).exists():
+            return (folder / name).resolve()
+    raise ConfigError("stage1", f"{name!r} is not there", "Name a recipe, a run or a checkpoint.")
 
 
 def _one_line(error: ArgumentError, args: Sequence[str]) -> ConfigError:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
 import signal
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Any
 
 import lightning as L
 import pandas as pd
-import torch
 from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -25,9 +23,11 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from chasm.data.datamodule import NSDDataModule, subject_name
 from chasm.errors import ConfigError, DataError, TrainingError
-from chasm.io import atomic_path, digest, write_json, write_text
+from chasm.io import atomic_path, digest, sha256_of_file, write_json, write_text
 from chasm.progress import console
+from chasm.training.base import EncodingModule
 from chasm.training.callbacks import FiniteValidation, SeededSteps, progress_callback
+from chasm.training.checkpoints import load_module, read_checkpoint
 from chasm.training.provenance import provenance
 from chasm.training.recipes import Recipe
 
@@ -69,10 +69,31 @@ def run_folder(recipe: Recipe, data: NSDDataModule) -> Path:
     settings["result_version"] = RESULT_VERSION
     settings["store"] = data.store.fingerprint
     settings["tokens"] = data.tokens.fingerprint
+    if recipe.stage1 is not None:
+        settings["stage1"] = sha256_of_file(stage1_checkpoint(recipe))
     subject = subject_name(data.subject)
     return (
         Path(recipe.runs) / data.dataset_dir.name / subject / f"{recipe.name}-{digest(settings, 8)}"
     )
+
+
+def stage1_checkpoint(recipe: Recipe) -> Path:
+    """Checkpoint of the Stage 1 that a recipe builds on; a recipe is trained if it was not yet.
+
+    Raises
+    ------
+    DataError
+        What the recipe names is neither a recipe, nor a finished run, nor a checkpoint.
+    """
+    source = recipe.stage1
+    assert source is not None
+    if source.suffix in (".yaml", ".yml"):
+        source = fit(recipe.stage1_recipe())
+    if source.is_dir():
+        if not is_finished(source):
+            raise DataError(source, "is no finished run", "Train it to its end with `chasm fit`.")
+        source = source / "checkpoints" / "best.ckpt"
+    return source
 
 
 def fit(recipe: Recipe, *, fresh: bool = False) -> Path:
@@ -113,6 +134,8 @@ def _fit_locked(recipe: Recipe, data: NSDDataModule, run: Path, fresh: bool) -> 
     data.setup("fit")
     L.seed_everything(recipe.seed, workers=True, verbose=False)
     model = recipe.make_model()
+    if recipe.stage1 is not None:
+        model.take_stage1(load_module(stage1_checkpoint(recipe)))
     _check_monitor(recipe.selection.monitor, model)
     resume = last if last.is_file() else None
     if resume is not None:
@@ -147,29 +170,12 @@ def _fit_locked(recipe: Recipe, data: NSDDataModule, run: Path, fresh: bool) -> 
     return run
 
 
-def _check_monitor(monitor: str, model: L.LightningModule) -> None:
-    known = getattr(model, "monitors", (monitor,))
-    if monitor not in known:
+def _check_monitor(monitor: str, model: EncodingModule) -> None:
+    if monitor not in model.monitors:
+        known = ", ".join(model.monitors)
         raise ConfigError(
-            "selection.monitor", f"{monitor!r} is not logged", f"Use one of: {', '.join(known)}."
+            "selection.monitor", f"{monitor!r} is not logged", f"Use one of: {known}."
         )
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, tensors and plain types only.
-
-    Raises
-    ------
-    DataError
-        The file is damaged or holds anything else.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(
-            path, f"is not a readable checkpoint ({line})", "Train again with --fresh."
-        ) from error
 
 
 def _trained(trainer: L.Trainer, model: L.LightningModule) -> dict[str, Any]:
@@ -260,7 +266,7 @@ def newest_run(runs: Path, dataset: str, subject: int | str, name: str) -> Path 
     return max(finished, key=lambda f: (f / "provenance.json").stat().st_mtime, default=None)
 
 
-def load(run: Path, checkpoint: str = "best") -> tuple[L.LightningModule, NSDDataModule, Recipe]:
+def load(run: Path, checkpoint: str = "best") -> tuple[EncodingModule, NSDDataModule, Recipe]:
     """Load a run: its model with the selected weights, its data module, its recipe.
 
     Raises

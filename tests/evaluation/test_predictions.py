@@ -5,17 +5,30 @@ import numpy as np
 import pytest
 
 from chasm.errors import DataError
-from chasm.evaluation.predictions import PredictionFile, PredictionRow, voxel_membership
+from chasm.evaluation.predictions import Draws, PredictionFile, PredictionRow, voxel_membership
+
+
+def parcel_labels(file):
+    """Voxels that have the file's parcels, in any order, and two without one."""
+    labels = np.concatenate([np.repeat(np.arange(file.n_units), file.units.size), [-1, -1]])
+    return np.random.default_rng(0).permutation(labels)
 
 
 def test_a_file_gives_back_what_was_written(tmp_path, predictions):
-    gate = np.random.default_rng(0).random((60, 1, 2))
-    written = predictions(mixed=True, gate=gate)
+    rng = np.random.default_rng(0)
+    draws = Draws(7, 3, rng.random((60, 40)), rng.random((60, 40)))
+    labels = parcel_labels(predictions(mixed=True))
+    written = predictions(
+        mixed=True, gate=rng.random((60, 1, 2)), parcel_labels=labels, draws=draws
+    )
     read = PredictionFile.read(written.write(tmp_path / "run" / "predictions.h5"))
     assert read.info == written.info
     assert list(read.rows) == list(written.rows)
-    for name in ("image_id", "repeats"):
+    for name in ("image_id", "repeats", "parcel_labels"):
         np.testing.assert_array_equal(getattr(read, name), getattr(written, name))
+    assert (read.draws.n, read.draws.seed) == (7, 3)
+    for name in ("mean", "variance"):
+        np.testing.assert_array_equal(getattr(read.draws, name), np.float32(getattr(draws, name)))
     for name in ("target", "train_mean", "repeat_targets", "gate"):
         expected = np.asarray(getattr(written, name), dtype=np.float32)
         np.testing.assert_array_equal(getattr(read, name), expected)
@@ -58,6 +71,8 @@ def test_optional_parts_may_be_absent(tmp_path, predictions):
     read = PredictionFile.read(written.write(tmp_path / "p.h5"))
     assert read.repeat_targets is None
     assert read.gate is None
+    assert read.parcel_labels is None
+    assert read.draws is None
     assert (read.targets, read.membership, read.rows) == ({}, {}, {})
 
 
@@ -96,9 +111,34 @@ def no_trials(file):
     return {"repeats": np.zeros_like(file.repeats)}
 
 
+def other_parcels(file):
+    return {"parcel_labels": parcel_labels(file)[1:]}
+
+
+def bad_gate(file):
+    return {"gate": np.full((60, 3, 2), 0.5)}
+
+
+def gate_of_other_images(file):
+    return {"gate": np.full((59, 1, 2), 0.5)}
+
+
+def one_draw(file):
+    return {"draws": Draws(1, 0, file.target, np.zeros_like(file.target))}
+
+
+def bad_draws(file):
+    return {"draws": Draws(3, 0, file.target, np.full_like(file.target, np.nan))}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (other_parcels, r"/parcel_labels: voxels per parcel are not those of /units/size"),
+        (bad_gate, r"/gate: shape \(60, 3, 2\), expected \(60, 1 or 40, 2\)"),
+        (gate_of_other_images, r"/gate: shape \(59, 1, 2\), expected \(60, 1, 2\)"),
+        (one_draw, r"/draws: 1 per image"),
+        (bad_draws, r"/draws/variance: 2400 NaN"),
         (bad_target, r"/target: 1 NaN"),
         (bad_ids, "an image occurs twice"),
         (bad_shape, r"/predictions/ridge: shape \(60, 39\), expected \(60, 40\)"),
@@ -125,7 +165,7 @@ def test_damaged_files_are_named(tmp_path, predictions):
     predictions().write(path)
     with h5py.File(path, "a") as file:
         file.attrs["format_version"] = 99
-    with pytest.raises(DataError, match="reads up to 1"):
+    with pytest.raises(DataError, match="reads up to 2"):
         PredictionFile.read(path)
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(DataError, match="damaged"):
@@ -134,6 +174,28 @@ def test_damaged_files_are_named(tmp_path, predictions):
         file["x"] = 1
     with pytest.raises(DataError, match="not a chasm-predictions file"):
         PredictionFile.read(tmp_path / "other.h5")
+
+
+def test_labels_of_voxels_are_as_many_as_voxels(predictions):
+    file = predictions(unit="voxel")
+    labels = np.arange(40) // 5
+    gate = np.full((60, 8, 2), 0.5)
+    assert replace(file, parcel_labels=labels, gate=gate).gate.shape[1] == 8
+    with pytest.raises(DataError, match=r"/gate: shape \(60, 8, 2\), expected \(60, 1 or 40, 2\)"):
+        replace(file, gate=gate)
+    with pytest.raises(DataError, match=r"/parcel_labels: shape \(39,\), expected \(40,\)"):
+        replace(file, parcel_labels=labels[1:])
+
+
+def test_a_file_of_version_1_is_read(tmp_path, predictions):
+    written = predictions()
+    path = written.write(tmp_path / "p.h5")
+    with h5py.File(path, "a") as file:
+        assert file.attrs["format_version"] == 2
+        file.attrs["format_version"] = 1
+    read = PredictionFile.read(path)
+    np.testing.assert_array_equal(read.target, np.float32(written.target))
+    assert list(read.rows) == list(written.rows)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, predictions):

@@ -10,13 +10,14 @@ import pytest
 from rich.console import Console
 
 from chasm.errors import ConfigError, DataError
-from chasm.evaluation import evaluate, figures, tables
+from chasm.evaluation import brain_maps, evaluate, figures, tables
 from chasm.evaluation.catalogue import PUBLISHED
-from chasm.evaluation.predictions import Membership
-from chasm.evaluation.report import summary, write_report
+from chasm.evaluation.predictions import Draws, Membership, PredictionRow
+from chasm.evaluation.report import write_report
 from chasm.evaluation.scores import score
+from chasm.evaluation.wording import summary
 
-VOID = {"meta", "img", "br", "link", "path", "use", "rect"}
+VOID = {"meta", "img", "br", "link", "path", "use", "rect", "input"}
 
 
 class Page(HTMLParser):
@@ -24,17 +25,20 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.texts, self.sources = [], [], []
+        self.open, self.texts, self.sources, self.inner, self.ids = [], [], [], [], set()
         self.feed(text)
         assert self.open == []
 
     def handle_starttag(self, tag, attrs):
         self.sources += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
+        self.inner += [value for name, value in attrs if name == "srcdoc"]
+        self.ids |= {value for name, value in attrs if name == "id"}
         if tag not in VOID:
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
         self.sources += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
+        self.ids |= {value for name, value in attrs if name == "id"}
 
     def handle_endtag(self, tag):
         if tag not in VOID:
@@ -105,7 +109,7 @@ def test_evaluate_writes_everything_once(tmp_path, predictions, volume, metrics_
 def test_a_report_is_written_again_when_what_it_is_made_from_changed(
     tmp_path, predictions, metrics_csv
 ):
-    small = {"n_images": 12, "n_units": 8, "membership": {}, "targets": {}}
+    small = {"n_images": 12, "n_units": 8, "membership": {}, "targets": {}, "rows": {}}
     path = predictions(**small).write(tmp_path / "predictions.h5")
     out = tmp_path / "report"
     given = {"n_boot": 100, "metrics_csv": metrics_csv, "provenance": {"seed": 7}}
@@ -137,6 +141,101 @@ def test_a_report_is_written_again_when_what_it_is_made_from_changed(
     with pytest.raises(ConfigError, match="at least 100"):
         evaluate(path, out, n_boot=99)
     assert not written()
+
+
+@pytest.fixture
+def stage2_file(predictions):
+    """Voxels with a stage before, draws, a gate per parcel and voxels without a parcel."""
+    file = predictions(unit="voxel", targets={})
+    rng = np.random.default_rng(1)
+    model = file.rows["stage 1"].values
+    rows = {
+        "stage 2": PredictionRow(model, "model", 280),
+        "ridge": file.rows["ridge"],
+        "stage 1, expanded": PredictionRow(0.6 * model + 0.3 * rng.normal(size=model.shape),
+                                           "component"),
+    }  # fmt: skip
+    share = rng.uniform(0.2, 0.8, (60, 6))
+    drawn = Draws(20, 0, model, np.full(model.shape, 0.01))
+    labels = np.repeat(np.arange(7), 6)[:40]
+    return replace(
+        file, rows=rows, draws=drawn, parcel_labels=np.where(labels == 6, -1, labels),
+        gate=np.stack([share, 1 - share], axis=2),
+    )  # fmt: skip
+
+
+def pixels_of(image_ids):
+    return [np.full((90, 120, 3), 128, np.uint8) for _ in image_ids]
+
+
+def assert_self_contained(page):
+    """No source of the page, or of a page inside it, is anywhere else."""
+    for source in page.sources:
+        assert source == "" or source.startswith(("data:", "#")), source[:80]
+    assert not [source for source in page.sources if source.startswith("#") and
+                source[1:] not in page.ids]  # fmt: skip
+    for text in page.inner:
+        assert not re.search(r"""(?:src|href)\s*=\s*["']?(?:https?:)?//|@import|<link""", text)
+
+
+def test_the_page_of_a_stage_2_has_every_section(tmp_path, stage2_file, volume, metrics_csv):
+    path = stage2_file.write(tmp_path / "predictions.h5")
+    out = tmp_path / "report"
+    scores = evaluate(
+        path, out, n_boot=100, metrics_csv=metrics_csv, volume=volume, pixels=pixels_of
+    )
+    text = (out / "report.html").read_text()
+    page = Page(text)
+    assert_self_contained(page)
+    sections = {"scores", "brain", "images", "draws", "gate", "training", "published"}
+    assert sections <= page.ids
+    assert {f"#{name}" for name in sections} <= set(page.sources)
+    gain = scores.gains.set_index(["metric", "region"]).loc[("noise_normalised_r2", "all")]
+    for words in (
+        f"Stage 2 minus stage 1, expanded: {100 * gain['difference']:+.1f} points",
+        "stage 2 − stage 1, expanded", "Share of the global stream",
+        f"variance of draws is {100 * scores.spreads['ratio'].iloc[0]:.3g} % of that of",
+        "R² of stage 2 minus that of the best baseline, ridge", "Voxelwise",
+    ):  # fmt: skip
+        assert words in page.text, words
+    assert len(page.inner) == 3
+    assert sum(source.startswith("data:image/jpeg") for source in page.sources) == 8
+    assert len(text) < 3_000_000
+    draws = pd.read_csv(out / "draws.csv")
+    np.testing.assert_allclose(draws["ratio"], scores.spreads["ratio"], rtol=1e-5)
+    csv = pd.read_csv(out / "scores.csv")
+    lines = csv[csv["kind"] == "difference"]
+    assert set(lines["row"]) == {"stage 2 − stage 1, expanded"}
+    np.testing.assert_allclose(lines["value"], scores.gains["difference"], rtol=1e-5)
+    assert (csv["dataset"] == "nsd").all()
+
+
+def test_a_report_is_made_again_when_pixels_or_draws_go(tmp_path, stage2_file):
+    small = replace(stage2_file, membership={})
+    path, out = tmp_path / "predictions.h5", tmp_path / "report"
+    evaluate(small.write(path), out, n_boot=0, pixels=pixels_of)
+    assert (out / "draws.csv").is_file()
+    assert "image/jpeg" in (out / "report.html").read_text()
+    evaluate(path, out, n_boot=0)
+    assert "image/jpeg" not in (out / "report.html").read_text()
+    evaluate(replace(small, draws=None).write(path), out, n_boot=0)
+    assert not (out / "draws.csv").exists()
+    assert "#draws" not in Page((out / "report.html").read_text()).sources
+
+
+def test_units_of_a_recording_are_not_called_voxels(tmp_path, predictions):
+    file = predictions(unit="voxel", targets={})
+    file = replace(file, info=replace(file.info, unit="unit", simulated=False))
+    scores = score(file, n_boot=100)
+    out = write_report(file.write(tmp_path / "p.h5"), tmp_path / "r.html", scores=scores)
+    page, table = Page(out.read_text()).text, tables.markdown(scores)
+    # Published numbers keep their own words.
+    for ours in (
+        page.split("Published numbers, for orientation")[0],
+        table.split("## Published")[0],
+    ):
+        assert "oxel" not in ours, ours[ours.index("oxel") - 60 :][:120]
+        assert "Unitwise" in ours
 
 
 def test_a_page_without_atlas_ceiling_model_or_map(tmp_path, predictions):
@@ -264,5 +363,5 @@ def test_figures_show_what_is_there(predictions, metrics_csv, tmp_path, volume):
         figures.training_figures(tmp_path / "empty.csv")
     first, second = (figures.to_svg(figures.ceiling_figure(scores)) for _ in range(2))
     assert first == second
-    png = figures.to_png(figures.brain_figure(scores.unit_r2["stage 1"], volume, "R²"))
+    png = figures.to_png(brain_maps.brain_figure(scores.unit_r2["stage 1"], volume, "R²"))
     assert png.startswith(b"\x89PNG")

@@ -5,6 +5,7 @@ from scipy import stats
 
 from chasm import metrics, noise_ceiling
 from chasm.evaluation import patterns
+from chasm.evaluation.bootstrap import resample_counts
 from chasm.evaluation.catalogue import METRICS
 from chasm.evaluation.predictions import Membership, PredictionRow
 from chasm.evaluation.regions import make_regions
@@ -246,6 +247,44 @@ def test_the_mean_pattern_is_the_best_baseline_where_no_other_beats_it(predictio
         assert np.isnan(
             value(scores, "stage 1", "pattern_correlation_centred", column="difference")
         )
+
+
+def with_component(file):
+    """The model's earlier stage beside it: worse, and no baseline."""
+    model = file.rows["stage 1"].values
+    noise = 0.3 * np.random.default_rng(9).normal(size=model.shape)
+    rows = {"stage 2": PredictionRow(model, "model"), "ridge": file.rows["ridge"],
+            "stage 1, expanded": PredictionRow(1.2 * model + noise, "component")}  # fmt: skip
+    return rows
+
+
+def test_a_model_is_compared_with_its_component_on_the_same_resamples(predictions):
+    file = predictions(targets={})
+    rows = with_component(file)
+    scores = score(predictions(targets={}, rows=rows), n_boot=100, seed=5)
+    frame = scores.frame
+    assert list(frame["row"].unique()) == [
+        "mean pattern", "ridge", "stage 1, expanded", "stage 2", "noise ceiling",
+    ]  # fmt: skip
+    assert set(frame.loc[frame["row"] == "stage 1, expanded", "kind"]) == {"component"}
+    assert (frame["best_baseline"] == "ridge").all()
+    assert set(zip(scores.gains["row"], scores.gains["other"], strict=True)) == {
+        ("stage 2", "stage 1, expanded")
+    }
+    line = scores.gains.query("metric == 'mse' and region == 'all'").iloc[0]
+    counts = resample_counts(60, 100, 5)
+    errors = [np.square(rows[name].values - file.target) @ file.units.size / file.units.size.sum()
+              for name in ("stage 2", "stage 1, expanded")]  # fmt: skip
+    samples = counts @ (errors[0] - errors[1]) / 60
+    assert line["difference"] == pytest.approx(np.mean(errors[0] - errors[1]))
+    low, high = np.quantile(samples, [0.025, 0.975])
+    assert (line["difference_low"], line["difference_high"]) == pytest.approx((low, high))
+
+
+def test_without_a_component_there_is_no_gain(predictions):
+    scores = score(predictions(), n_boot=0)
+    assert scores.gains.empty
+    assert "difference" in scores.gains
 
 
 def test_the_mask_is_no_roi(predictions):

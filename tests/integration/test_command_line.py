@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from chasm.cli import main
 
@@ -91,6 +92,33 @@ def test_each_step_alone_gives_the_same_run(workspace, capsys, monkeypatch):
     status, said = run(["test", said.out.strip(), "--n-boot", 200], capsys)
     assert status == 0
     assert "stage 1" in said.out
+
+
+def test_a_run_is_handed_on_and_used_elsewhere(workspace, capsys, tmp_path):
+    """Export, then predict and draw from the export alone, with one corrupt image in between."""
+    folder, _, _ = workspace
+    (result,) = (folder / "runs").glob("simulated/subj01/smoke-*")
+    images = tmp_path / "images"
+    images.mkdir()
+    rng = np.random.default_rng(0)
+    for row, size in enumerate(((40, 60), (128, 128), (7, 300))):
+        pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(images / f"{row}.png")
+    (images / "broken.jpg").write_bytes(b"\xff\xd8\xff nothing more")
+    model, out = tmp_path / "model", tmp_path / "pred.h5"
+    assert run(["export", result, "--out", model], capsys)[0] == 0
+    card = (model / "README.md").read_text()
+    assert "SIMULATED" in card
+    assert "banded ridge" in card
+    status, said = run(["predict", "--model", model, "--images", images, "--out", out], capsys)
+    assert status == 3
+    assert "broken.jpg" in said.err
+    with h5py.File(out) as file:
+        assert file["voxels"].shape[0] == 3
+        assert len(np.unique(file["voxels"][:, 0])) == 3
+    drawn = tmp_path / "map.nii.gz"
+    assert run(["map", out, "--what", "prediction:1.png", "--out", drawn], capsys)[0] == 0
+    assert run(["map", result, "--what", "r2", "--out", drawn], capsys)[0] == 0
 
 
 def test_an_unknown_command_lists_the_commands(capsys):

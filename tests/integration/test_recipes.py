@@ -42,13 +42,12 @@ def test_the_faithful_recipe_has_the_published_values():
     assert (model["schedule"], model["warmup"]) == ("constant", 0.0)
     published = {
         "d_model": 512, "global_blocks": 2, "local_blocks": 4, "d_state": 16, "d_conv": 4,
-        "expand": 2, "dropout": 0.4, "token_noise": 0.1, "gate": "image", "readout": "pooled",
-        "direction": "forward", "block_norm": False, "residual_clamp": 10.0, "d_head": 256,
-        "d_embedding": 256, "full_precision": True,
+        "expand": 2, "dropout": 0.4, "token_noise": 0.1, "d_embedding": 256,
+        "full_precision": True,
     }  # fmt: skip
     assert {key: encoder[key] for key in published} == published
     weights = [loss[f"{name}_weight"] for name in ("error", "pearson", "std", "contrastive")]
-    assert weights == [1.0, 0.3, 0.2, 0.2]
+    assert weights == [0.7, 0.3, 0.2, 0.2]
     assert (loss["error"], loss["peak_alpha"], loss["peak_tau"]) == ("peak", 0.5, 0.3)
     assert loss["temperature"] == 0.15
     assert (data["split"], data["statistics"], data["samples"]) == ("paper", "all", "trials")

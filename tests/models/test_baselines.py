@@ -144,6 +144,30 @@ def test_the_same_kernels_serve_several_targets():
         np.testing.assert_array_equal(kernels[name].test, in_test)
 
 
+def test_every_cls_layer_gets_a_probe_of_its_own():
+    tokens, train, test, targets = make_world(n_train=150, n_units=8)
+    kernels = baseline_kernels(tokens, train, test, cls_layers=[3, 12])
+    rows = fit_to_kernels(kernels, targets[train], train)
+    probes = ["linear probe (CLS, layer 3)", "linear probe (CLS, layer 12)"]
+    assert list(rows) == ["ridge", "ridge (patches)", "banded ridge", *probes]
+    for index, name in enumerate(probes):
+        alone = tokens | {"cls": tokens["cls"][:, index : index + 1]}
+        expected = fit_afresh(alone, train, test, targets[train])["linear probe (CLS)"]
+        np.testing.assert_array_equal(rows[name].values, expected.values)
+        assert rows[name].n_parameters == 8 * (4 + 1)
+    together = fit_afresh(tokens, train, test, targets[train])
+    np.testing.assert_array_equal(rows["ridge"].values, together["ridge"].values)
+    assert together["linear probe (CLS)"].n_parameters == 8 * (8 + 1)
+
+
+def test_one_cls_layer_keeps_the_plain_name_and_a_wrong_number_is_refused():
+    tokens, train, test, _ = make_world()
+    one = tokens | {"cls": tokens["cls"][:, :1]}
+    assert list(baseline_kernels(one, train, test, cls_layers=[12])) == ["cls", "patches"]
+    with pytest.raises(DataError, match="2 CLS tokens per image, but 3 layers named"):
+        baseline_kernels(tokens, train, test, cls_layers=[3, 6, 9])
+
+
 def test_folds_keep_the_rows_of_an_image_together():
     groups = np.repeat(np.arange(23) * 7, 3)
     folds = image_folds(groups, 5, seed=1)

@@ -9,7 +9,8 @@ from chasm.errors import ConfigError
 from chasm.losses import Stage1Loss
 from chasm.models.stage1 import DualStreamEncoder
 from chasm.parcellation import sequential
-from chasm.training.modules import LearningRate, Stage1Module, decays
+from chasm.training.modules import Stage1Module
+from chasm.training.optimisation import LearningRate, decays
 
 SIZES = DataSizes(n_cls=2, cls_width=6, n_patches=4, patch_width=5, n_voxels=21, n_parcels=4)
 
@@ -40,9 +41,9 @@ def batch(n=12):
 
 def test_targets_are_means_or_the_mean_of_the_largest():
     data = batch(3)["betas"]
-    plain = module().parcels_of(data)
+    plain = module().units_of(data)
     np.testing.assert_allclose(plain[:, 1], data[:, 5:10].mean(1), rtol=1e-6)
-    top = module(target="top_p", top_p=0.6).parcels_of(data)
+    top = module(target="top_p", top_p=0.6).units_of(data)
     np.testing.assert_allclose(top[:, 1], data[:, 5:10].sort(1).values[:, -3:].mean(1), rtol=1e-6)
 
 
@@ -57,7 +58,7 @@ def test_training_lowers_the_loss():
     data = batch()
     losses = []
     for _ in range(60):
-        _, terms = made._terms(data)
+        _, terms = made.terms(data)
         optimizer.zero_grad()
         terms["total"].backward()
         optimizer.step()
@@ -67,7 +68,7 @@ def test_training_lowers_the_loss():
 
 def test_every_parameter_gets_a_gradient():
     made = module(loss=Stage1Loss(contrastive_weight=0.1))
-    _, terms = made._terms(batch())
+    _, terms = made.terms(batch())
     terms["total"].backward()
     without = [n for n, p in made.named_parameters() if p.grad is None or not p.grad.abs().sum()]
     assert without == []

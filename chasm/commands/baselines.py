@@ -1,0 +1,77 @@
+"""The command that runs and compares all baselines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from chasm.commands.data import (
+    MASK,
+    VERSION,
+    selection_options,
+    simulation_config,
+    simulation_given,
+    simulation_options,
+)
+from chasm.commands.options import make_parser, show_path
+from chasm.errors import ConfigError
+
+
+def baselines(args: list[str]) -> None:
+    """``chasm baselines``."""
+    parser = make_parser(
+        "baselines",
+        epilog="Other options belong to every recipe: --data.subject 1, any of their keys. A "
+        "recipe that fails is named and left out of the table; the exit status is then 3.",
+    )
+    parser.add_argument(
+        "--recipes",
+        nargs="+",
+        default=None,
+        metavar="PATH",
+        help="recipes, folders of them or patterns (default: experiments/baselines, stage1.yaml "
+        "and stage2*.yaml of experiments)",
+    )
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--nsd", type=Path, default=None, help="NSD tree to prepare the subject from"
+    )
+    source.add_argument("--simulate", action="store_true", help="simulate an NSD first")
+    selection_options(parser)
+    parser.add_argument("--n-boot", type=int, default=2000, help="bootstrap resamples of the table")
+    parser.add_argument("--fresh", action="store_true", help="train and test again")
+    simulation_options(parser.add_argument_group("size of the simulation"), "sim-")
+    found, rest = parser.parse_known_args(args)
+    if not found.simulate and (found.size or simulation_given(found)):
+        raise ConfigError(
+            "chasm baselines", "options of the simulation without one", "Add --simulate."
+        )
+    if not (found.simulate or found.nsd) and (found.version, found.mask) != (VERSION, MASK):
+        raise ConfigError("chasm baselines", "--version or --mask without --nsd", "Add --nsd.")
+    if {"-c", "--config"} & set(rest):
+        raise ConfigError("chasm baselines", "-c names one recipe", "Name recipes by --recipes.")
+    from chasm.evaluation.comparison_tables import show
+    from chasm.pipeline_baselines import (
+        DEFAULT_RECIPES,
+        MissingRowsError,
+        find_recipes,
+        run_baselines,
+    )
+
+    folder, comparison = run_baselines(
+        rest,
+        find_recipes(found.recipes or DEFAULT_RECIPES),
+        nsd=found.nsd,
+        simulated=simulation_config(found) if found.simulate else None,
+        version=found.version,
+        mask=found.mask,
+        n_boot=found.n_boot,
+        fresh=found.fresh,
+    )
+    show(comparison)
+    show_path(folder / "report.html", "Report: ")
+    if comparison.failed:
+        raise MissingRowsError(
+            folder / "table.md",
+            f"{len(comparison.failed)} recipe(s) failed: {', '.join(comparison.failed)}",
+            "The table was made of the others; its last lines say why.",
+        )

@@ -1,0 +1,149 @@
+"""CLS and patch tokens as one sequence: what the models over it have in common."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from chasm.models.encoder import ParcelEncoder, Stage1Output, check_choice, check_sizes
+from chasm.models.readout import SpatialReadout
+
+Readout = Literal["pooled", "spatial"]
+
+
+class TokenSequence(nn.Module):
+    """CLS and patch tokens as one sequence of one width.
+
+    A Linear for each kind, plus learned positions, then LayerNorm.
+
+    Parameters
+    ----------
+    cls_width, n_cls, patch_width, n_patches
+        Widths and numbers of the two kinds of tokens.
+    d_model
+        Width of the sequence.
+    """
+
+    def __init__(
+        self, cls_width: int, n_cls: int, patch_width: int, n_patches: int, d_model: int
+    ) -> None:
+        super().__init__()
+        self.cls = nn.Linear(cls_width, d_model)
+        self.patches = nn.Linear(patch_width, d_model)
+        self.position = nn.Parameter(torch.empty(n_cls + n_patches, d_model))
+        nn.init.trunc_normal_(self.position, std=0.02)
+        self.norm = nn.LayerNorm(d_model)
+
+    def forward(self, cls: Tensor, patches: Tensor) -> Tensor:
+        """Map (images, n_cls, .) and (images, n_patches, .) to (images, tokens, d_model)."""
+        return self.norm(torch.cat([self.cls(cls), self.patches(patches)], 1) + self.position)
+
+
+class SequenceReadout(nn.Module):
+    """Tokens of the sequence to parcels.
+
+    Parameters
+    ----------
+    n_cls, n_patches
+        Tokens of each kind, CLS tokens first.
+    n_parcels
+        Outputs.
+    d_model, d_hidden
+        Width of a token and of the hidden layer.
+    dropout
+        Before the last layer.
+    kind
+        "pooled": the mean CLS token beside the mean patch, LayerNorm, Linear, GELU, Linear;
+        "spatial": a `SpatialReadout` of the patches plus LayerNorm and Linear of the mean CLS
+        token.
+    """
+
+    def __init__(
+        self,
+        n_cls: int,
+        n_patches: int,
+        n_parcels: int,
+        d_model: int,
+        d_hidden: int,
+        dropout: float,
+        kind: Readout,
+    ) -> None:
+        super().__init__()
+        self.n_cls, self.kind = n_cls, kind
+        if kind == "spatial":
+            self.patches = SpatialReadout(d_model, n_patches, n_parcels, dropout)
+            self.cls = nn.Sequential(
+                nn.LayerNorm(d_model), nn.Dropout(dropout), nn.Linear(d_model, n_parcels)
+            )
+            return
+        self.head = nn.Sequential(
+            nn.LayerNorm(2 * d_model),
+            nn.Linear(2 * d_model, d_hidden),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(d_hidden, n_parcels),
+        )
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Map (images, tokens, d_model) to the mean patch (images, d_model) and the parcels."""
+        cls, patches = tokens[:, : self.n_cls].mean(1), tokens[:, self.n_cls :]
+        pooled = patches.mean(1)
+        if self.kind == "spatial":
+            return pooled, self.cls(cls) + self.patches(patches)
+        return pooled, self.head(torch.cat([cls, pooled], dim=-1))
+
+
+class SequenceEncoder(ParcelEncoder):
+    """Base of the models over the joint sequence: embed, `mix`, read out.
+
+    Parameters
+    ----------
+    cls_width, n_cls, patch_width, n_patches, n_parcels
+        Sizes of the data, see `ParcelEncoder`.
+    d_model, d_head
+        Width of the tokens and of the hidden layer of the pooled readout.
+    dropout
+        Of the readout.
+    token_noise
+        Standard deviation of Gaussian noise on the scaled tokens in training.
+    readout
+        "pooled" or "spatial", see `SequenceReadout`.
+
+    Raises
+    ------
+    ConfigError
+        If a size is below 1 or `readout` is unknown.
+    """
+
+    def __init__(
+        self,
+        cls_width: int,
+        n_cls: int,
+        patch_width: int,
+        n_patches: int,
+        n_parcels: int,
+        d_model: int,
+        d_head: int,
+        dropout: float,
+        token_noise: float,
+        readout: Readout,
+    ) -> None:
+        super().__init__(cls_width, n_cls, patch_width, n_patches, n_parcels, token_noise)
+        check_sizes(d_model=d_model, d_head=d_head)
+        check_choice("readout", readout, ("pooled", "spatial"))
+        self.embedding = TokenSequence(cls_width, n_cls, patch_width, n_patches, d_model)
+        self.readout = SequenceReadout(
+            n_cls, n_patches, n_parcels, d_model, d_head, dropout, readout
+        )
+
+    def mix(self, tokens: Tensor) -> Tensor:
+        """Map (images, tokens, d_model) to the same shape."""
+        raise NotImplementedError
+
+    def forward(self, cls: Tensor, patches: Tensor) -> Stage1Output:
+        """Predict a batch; see `ParcelEncoder.forward`."""
+        tokens = self.mix(self.embedding(*self.scaled(cls, patches)))
+        features, parcels = self.readout(tokens)
+        return Stage1Output(parcels, local_features=features)

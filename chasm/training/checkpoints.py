@@ -1,0 +1,150 @@
+"""Checkpoints: read without unpickling, and rebuilt into modules from what they say."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentError
+from lightning.pytorch.cli import instantiate_module
+
+from chasm.data.datamodule import DataSizes
+from chasm.errors import ConfigError, DataError
+from chasm.parcellation import Parcellation
+from chasm.training.base import EncodingModule
+
+OWN = "chasm."
+"""Classes that a description may name."""
+_DOTTED_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU, tensors and plain types only.
+
+    Raises
+    ------
+    DataError
+        The file is damaged or holds anything else.
+    """
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            path, f"is not a readable checkpoint ({line})", "Train again with --fresh."
+        ) from error
+    if not isinstance(found, dict) or "state_dict" not in found:
+        raise DataError(path, "holds no state_dict", "Name a checkpoint that `chasm fit` wrote.")
+    return found
+
+
+def load_module(path: Path) -> EncodingModule:
+    """Rebuild a trained module from its checkpoint alone, on the CPU and in eval mode.
+
+    Raises
+    ------
+    DataError
+        The file is damaged, or no checkpoint of this package.
+    """
+    saved = read_checkpoint(path)
+    for key in ("hyper_parameters", "sizes", "parcel_labels"):
+        if key not in saved:
+            raise DataError(path, f"has no {key}", "Name a checkpoint that `chasm fit` wrote.")
+    description = {
+        "settings": saved["hyper_parameters"],
+        "sizes": saved["sizes"],
+        "parcel_labels": saved["parcel_labels"].tolist(),
+        "stage1": saved.get("stage1"),
+    }
+    module = build_module(description, where=str(path))
+    try:
+        module.load_state_dict(saved["state_dict"])
+    except RuntimeError as error:
+        raise DataError(
+            path, "its weights do not fit its own description", "Train again with --fresh."
+        ) from error
+    return module.eval()
+
+
+def describe_module(module: EncodingModule) -> dict[str, Any]:
+    """Say in plain types what `build_module` needs to make this module again, without weights.
+
+    Returns
+    -------
+    dict
+        ``settings`` (class and arguments), ``sizes``, ``parcel_labels`` (one integer per voxel)
+        and, for Stage 2, ``stage1``, the same of its Stage 1, else None.
+
+    Raises
+    ------
+    ConfigError
+        The module was not made from a recipe, so that its settings are not plain.
+    """
+    assert module.sizes is not None
+    assert module.parcellation is not None
+    settings = dict(module.recipe_settings or module.hparams)
+    settings.pop("_instantiator", None)
+    if "_class_path" not in settings or not _is_plain(settings):
+        raise ConfigError(
+            "model", "it was not made from a recipe", "Make it with chasm.training.recipes.Recipe."
+        )
+    inner = getattr(module, "stage1", None)
+    return {
+        "settings": settings,
+        "sizes": asdict(module.sizes),
+        "parcel_labels": module.parcellation.labels.cpu().tolist(),
+        "stage1": None if inner is None else describe_module(inner),
+    }
+
+
+def build_module(description: Mapping[str, Any], where: str = "model") -> EncodingModule:
+    """Make the module that `describe_module` described; its weights are random.
+
+    Raises
+    ------
+    DataError
+        The description is incomplete, or names a class that is none of this package's.
+    """
+    try:
+        settings = dict(description["settings"])
+        sizes = DataSizes(**description["sizes"])
+        labels = torch.tensor(description["parcel_labels"], dtype=torch.int64)
+        settings.pop("_instantiator", None)
+        _check_classes(settings, where)
+        module = instantiate_module(EncodingModule, settings)
+        module.recipe_settings = settings
+    except (KeyError, TypeError, ValueError, ArgumentError) as error:
+        line = " ".join(str(error).split())
+        raise DataError(
+            where, f"does not describe a model ({line})", "Export or train it again."
+        ) from error
+    if description.get("stage1") is not None:
+        module.take_stage1(build_module(description["stage1"], where))
+    module.build(sizes, Parcellation(labels))
+    return module.eval()
+
+
+def _check_classes(value: Any, where: str) -> None:
+    """Refuse any dotted name outside this package: to import it would be to run its code."""
+    if isinstance(value, str):
+        if _DOTTED_NAME.fullmatch(value) and not value.startswith(OWN):
+            raise DataError(where, f"names the class {value!r}", f"Only {OWN}* can be loaded.")
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            _check_classes(inner, where)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _check_classes(inner, where)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_plain(inner) for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | int | float | bool)

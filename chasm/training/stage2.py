@@ -1,0 +1,239 @@
+"""Stage 2's LightningModule: a Stage 1 inside, loss, metrics and optimiser; no architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from chasm.data.batches import Batch
+from chasm.data.datamodule import DataSizes
+from chasm.errors import ConfigError
+from chasm.losses import Stage2Loss
+from chasm.models.decoder import Stage2Output, VoxelDecoder
+from chasm.models.stage2 import MambaVAE
+from chasm.models.tokens import TokenScaler
+from chasm.parcellation import Aggregation, Parcellation
+from chasm.training.base import EncodingModule, Unit, title_of
+from chasm.training.checkpoints import build_module, describe_module
+from chasm.training.modules import Stage1Module
+
+Stage2Factory = Callable[[int, int, int, int, Parcellation], VoxelDecoder]
+"""(cls_width, n_cls, patch_width, n_patches, parcellation) -> decoder."""
+
+
+class Stage2Module(EncodingModule):
+    """Stage 2: tokens and the parcels that a trained Stage 1 predicts -> voxels.
+
+    Stage 1 runs once per step. The recipe's top-level key ``stage1`` says where it comes from;
+    a checkpoint of this module contains it.
+
+    Parameters
+    ----------
+    decoder
+        Architecture; a recipe names the class and its options, the sizes are filled in.
+    loss
+        Weighted sum of terms.
+    stage1_training
+        ``frozen`` (paper), or ``joint``: Stage 1's network is trained on, too.
+    stage1_rate
+        Factor on the learning rate for a jointly trained Stage 1.
+    parcel_weight
+        Weight of Stage 1's own loss in joint training.
+    **options
+        See `EncodingModule`.
+    """
+
+    def __init__(
+        self,
+        decoder: Stage2Factory = MambaVAE,
+        loss: Stage2Loss | None = None,
+        stage1_training: Literal["frozen", "joint"] = "frozen",
+        stage1_rate: float = 0.1,
+        parcel_weight: float = 1.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.save_hyperparameters()
+        if self.target != "mean":
+            raise ConfigError(
+                "model.target", f"found {self.target!r}", "Voxels have one value: use mean."
+            )
+        if stage1_rate <= 0:
+            raise ConfigError("model.stage1_rate", f"found {stage1_rate}", "Use a positive number.")
+        self._factory = decoder
+        self.loss = Stage2Loss() if loss is None else loss
+        self.joint = stage1_training == "joint"
+        self.parcel_weight = parcel_weight
+        self.rate_factors = {"stage1.": stage1_rate}
+        self.stage1: Stage1Module | None = None
+        self.decoder: VoxelDecoder | None = None
+
+    unit: Unit = "voxel"
+
+    @property
+    def row_name(self) -> str:
+        """The decoder's title."""
+        return title_of(self.decoder, "stage 2")
+
+    def take_stage1(self, stage1: EncodingModule) -> None:
+        """Use this trained Stage 1, which has its weights; before `build`.
+
+        Raises
+        ------
+        ConfigError
+            It does not predict parcels.
+        """
+        if not isinstance(stage1, Stage1Module):
+            raise ConfigError(
+                "stage1", f"{stage1.row_name} is no Stage 1", "Name a model of parcels."
+            )
+        self.stage1 = stage1
+        if not self.joint:
+            stage1.requires_grad_(False)
+        stage1.train(self.training and self.joint)
+
+    def train(self, mode: bool = True) -> Stage2Module:
+        """Set training mode; a frozen Stage 1 stays in eval mode."""
+        super().train(mode)
+        if self.stage1 is not None and not self.joint:
+            self.stage1.eval()
+        return self
+
+    def make_network(self, sizes: DataSizes, parcellation: Parcellation) -> None:
+        """Make the decoder for these sizes.
+
+        Raises
+        ------
+        ConfigError
+            There is no Stage 1, or it was trained on other tokens, voxels or parcels.
+        """
+        stage1 = self.parcel_model
+        if stage1.sizes != sizes:
+            raise ConfigError(
+                "stage1",
+                f"it was made for {stage1.sizes}, the data have {sizes}",
+                "Use the subject, mask, parcels and backbone it was trained with.",
+            )
+        assert stage1.parcellation is not None
+        if not torch.equal(stage1.parcellation.labels.cpu(), parcellation.labels.cpu()):
+            raise ConfigError(
+                "stage1", "its parcels are other voxels than data.parcels gives", "Use the same."
+            )
+        self.decoder = self._factory(
+            sizes.cls_width, sizes.n_cls, sizes.patch_width, sizes.n_patches, parcellation
+        )
+
+    @property
+    def parcel_model(self) -> Stage1Module:
+        """The Stage 1 inside; a ConfigError where there is none yet."""
+        if self.stage1 is None:
+            raise ConfigError(
+                "stage1",
+                "Stage 2 builds on a trained Stage 1",
+                "Name its recipe, run or checkpoint.",
+            )
+        return self.stage1
+
+    def scalers(self) -> list[tuple[TokenScaler, TokenScaler]]:
+        """Give the decoder's; Stage 1 keeps the statistics it was trained with."""
+        assert self.decoder is not None
+        return [(self.decoder.cls_scaler, self.decoder.patch_scaler)]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what describes Stage 1, too."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["stage1"] = describe_module(self.parcel_model)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Build Stage 1, then the rest, before the weights of both are loaded."""
+        if self.stage1 is None:
+            self.take_stage1(build_module(checkpoint["stage1"]))
+        super().on_load_checkpoint(checkpoint)
+
+    def on_fit_start(self) -> None:
+        """Solve the closed form; keep a frozen Stage 1 in eval mode."""
+        super().on_fit_start()
+        self.train(self.training)
+
+    # Predicting.
+
+    def units_of(self, betas: Tensor, how: Aggregation | None = None) -> Tensor:
+        """Give the voxels themselves, (images, voxels)."""
+        return betas
+
+    def parcels(self, batch: Batch) -> Tensor:
+        """Stage 1's prediction, (images, parcels)."""
+        if self.joint:
+            return self.parcel_model.predict(batch)
+        with torch.no_grad():
+            return self.parcel_model.predict(batch)
+
+    def decode(self, batch: Batch, parcels: Tensor) -> Stage2Output:
+        """Give the network's prediction with its parts, from tokens and parcels."""
+        assert self.decoder is not None
+        output: Stage2Output = self.decoder(batch["cls"], batch["patches"], parcels)
+        return output
+
+    def network(self, batch: Batch) -> Tensor:
+        """Predict (images, voxels) by the trained networks, without the closed form."""
+        return self.decode(batch, self.parcels(batch)).voxels
+
+    def rows(self, batch: Batch) -> dict[str, Tensor]:
+        """Predictions by row name; last, Stage 1's parcels given to all their voxels."""
+        assert self.parcellation is not None
+        parcels = self.parcels(batch)
+        own = self.decode(batch, parcels).voxels
+        rows = {self.row_name: self.blend(own, batch)}
+        if self.linear is not None:
+            rows[f"{self.row_name}, network alone"] = own
+        rows["stage 1, expanded"] = self.parcellation.expand(parcels)
+        return rows
+
+    def gate_of(self, batch: Batch) -> Tensor | None:
+        """Stage 1's gate."""
+        return self.parcel_model.gate_of(batch)
+
+    def draws(self, batch: Batch, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw (n, images, voxels) with the latent's variance.
+
+        Raises
+        ------
+        ConfigError
+            The decoder has no latent.
+        """
+        assert self.decoder is not None
+        drawn = self.decoder.draws(
+            batch["cls"], batch["patches"], self.parcels(batch), n, generator=generator
+        )
+        return self.blend(drawn, batch)
+
+    # Steps.
+
+    def terms(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Give the network's (images, voxels) and the terms of the loss."""
+        if not self.joint:
+            output = self.decode(batch, self.parcels(batch))
+            found = self.loss(output.voxels, batch["betas"], output.mean, output.log_variance)
+            return output.voxels, found
+        of_parcels, parcel_terms = self.parcel_model.terms(batch)
+        parcels = self.parcel_model.blend(of_parcels.parcels, batch)
+        output = self.decode(batch, parcels)
+        found = self.loss(output.voxels, batch["betas"], output.mean, output.log_variance)
+        found["parcels"] = parcel_terms["total"]
+        found["total"] = found["total"] + self.parcel_weight * parcel_terms["total"]
+        return output.voxels, found
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Compute the loss of the network on voxels."""
+        _, terms = self.terms(batch)
+        self.log_terms(terms, len(batch["betas"]))
+        return terms["total"]
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Take the batch into the validation scores."""
+        voxels, terms = self.terms(batch)
+        self.log("val/loss", terms["total"], batch_size=len(batch["betas"]), sync_dist=True)
+        self.watch(voxels, batch)
