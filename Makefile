@@ -17,11 +17,11 @@ DATASET ?= $(if $(NSD),$(notdir $(patsubst %/,%,$(NSD))),simulated)
 SOURCE   = $(if $(NSD),--nsd $(NSD),--simulate)
 MACAQUE ?= ../shared/data/macaque_v4
 
-.PHONY: help setup stage1 stage2 baselines macaque test test-all lint format bench clean
+.PHONY: help setup stage1 stage2 baselines macaque macaque-baselines test test-all lint format bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):[^#]*## /\1\t/' | \
-	  awk -F'\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+	  awk -F'\t' '{ printf "  make %-17s %s\n", $$1, $$2 }'
 	@echo
 	@echo "  SUBJ=1      subject              NSD=/path   a real NSD tree (default: a simulated one)"
 	@echo "  RECIPE=...  another recipe       ARGS=\"--trainer.max_epochs 3\"   any recipe key"
@@ -45,7 +45,7 @@ stage2: $(READY) ## Train and score Stage 2 on its Stage 1 (trained first where 
 	$(CHASM) run -c $(or $(RECIPE),$(SCALE)/stage2.yaml) $(SOURCE) --data.subject $(SUBJ) --data.dataset_dir data/$(DATASET) $(ARGS)
 
 baselines: $(READY) ## Every model of the paper's comparison on subject SUBJ, in one table
-	$(CHASM) baselines $(SOURCE) --data.subject $(SUBJ) --data.dataset_dir data/$(DATASET) $(ARGS)
+	$(CHASM) baselines $(if $(NSD),--recipes experiments/paper experiments/nsd) $(SOURCE) --data.subject $(SUBJ) --data.dataset_dir data/$(DATASET) $(ARGS)
 
 macaque: $(READY) ## The same on real macaque V4 recordings in MACAQUE (two sessions)
 	$(CHASM) prepare arrays --dataset macaque_v4 --name 201025 \
@@ -54,6 +54,11 @@ macaque: $(READY) ## The same on real macaque V4 recordings in MACAQUE (two sess
 	  --images $(MACAQUE)/images_210325.zip --responses $(MACAQUE)/responses_raw_210325.npy
 	$(CHASM) run -c experiments/macaque.yaml --data.subject 201025 $(ARGS)
 	$(CHASM) run -c experiments/macaque.yaml --data.subject 210325 $(ARGS)
+
+macaque-baselines: $(READY) ## The comparison on a session of the macaque recordings
+	$(CHASM) prepare arrays --dataset macaque_v4 --name 210325 \
+	  --images $(MACAQUE)/images_210325.zip --responses $(MACAQUE)/responses_raw_210325.npy
+	$(CHASM) baselines --data.dataset_dir data/macaque_v4 --data.subject 210325 --data.parcels.size 1 $(ARGS)
 
 test: $(READY) ## The default test suite
 	$(BIN)/python -m pytest

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 DEFAULT_RECIPES = (
     "experiments/baselines/*.yaml",
     "experiments/stage1.yaml",
-    "experiments/stage2*.yaml",
+    "experiments/stage2.yaml",
 )
 """Patterns of the recipes of the simulated demo."""
 

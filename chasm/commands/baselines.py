@@ -29,7 +29,7 @@ def baselines(args: list[str]) -> None:
         default=None,
         metavar="PATH",
         help="recipes, folders of them or patterns (default: experiments/baselines, stage1.yaml "
-        "and stage2*.yaml of experiments)",
+        "and stage2.yaml of experiments)",
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument(

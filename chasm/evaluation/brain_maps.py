@@ -20,7 +20,7 @@ from chasm.evaluation.figures import STYLE
 Volume = Callable[[NDArray[np.floating[Any]]], Any]
 """Puts one value per unit into the subject's volume: (units,) -> NIfTI image, NaN outside."""
 
-_SLICES = 100
+_SLICES = 140
 """About how many slices the viewer has along the longest axis."""
 
 _LINK = re.compile(r"<link\b[^>]*>", re.IGNORECASE)

@@ -53,6 +53,13 @@ class Level:
         """Ends the names of this level's files; the parcels have one."""
         return "_parcels" if self.scores.info.unit == "parcel" else ""
 
+    def system(self, row: str) -> str:
+        """Name of a row without the recipe that tells it from others of its kind."""
+        if row not in self.file.rows:
+            return row
+        recipe = self.file.rows[row].details.get("recipe")
+        return row.removesuffix(f" ({recipe})")
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -79,7 +86,7 @@ def cost_frame(level: Level) -> pd.DataFrame:
             "unit": info.unit,
             "simulated": info.simulated,
             **(vars(level.costs[name]) if name in level.costs else {}),
-            "published": published_value(name, info.unit),
+            "published": published_value(level.system(name), info.unit),
         }
         for name in level.file.rows
     ]
@@ -119,7 +126,7 @@ def cost_lines(level: Level) -> Grid:
     for (name, kind), difference in zip(frame[["row", "kind"]].values, differences, strict=True):
         cells = _cost_cells(level.costs.get(name))
         known: Cell | str = difference if difference.value is not None else "–"
-        lines.append(Line(name, kind, (known, *cells, published_value(name, unit))))
+        lines.append(Line(name, kind, (known, *cells, published_value(level.system(name), unit))))
     timed = {(cost.batch_size, cost.device) for cost in level.costs.values()}
     batches = " / ".join(str(size) for size in sorted({size for size, _ in timed}))
     return Grid(

@@ -52,7 +52,7 @@ def compared_rows(scores: Scores, *, components: bool = False) -> dict[str, str]
 
 
 def region_figure(scores: Scores, metric: str = "noise_normalised_r2") -> Figure | None:
-    """Dots with 95 % intervals for every region, groups first; None when nothing is known.
+    """Dots with 95 % intervals for every region, groups first; None for a single region.
 
     The regions of each atlas stand together under its name.
     """
@@ -64,9 +64,9 @@ def region_figure(scores: Scores, metric: str = "noise_normalised_r2") -> Figure
         & frame["row"].isin(list(rows))
         & frame["value"].notna()
     ]
-    if frame.empty:
-        return None
     keys = list(dict.fromkeys(zip(frame["level"], frame["atlas"], frame["region"], strict=True)))
+    if len(keys) < 2:
+        return None
     with mpl.rc_context(STYLE):
         figure, axes, heights = region_axes(keys)
         for index, (name, colour) in enumerate(rows.items()):

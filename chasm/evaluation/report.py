@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 FILES = ("scores.csv", "table.md", "report.html", "scores.json")
 """What `evaluate` leaves in the report's folder; with ``draws.csv`` for a model that draws."""
 
+REPORT_VERSION = 2
+"""Part of a report's signature: raised when a change of the code changes what is written."""
+
 
 def evaluate(
     predictions: Path,
@@ -117,6 +120,7 @@ def _signature(
         "pixels": given.pixels is not None,
         "n_boot": n_boot,
         "seed": seed,
+        "report": REPORT_VERSION,
         "chasm": metadata.version("chasm-fmri"),
     }
 

@@ -146,6 +146,13 @@ def test_other_parcels_are_read_at_the_first_ones(folder, parcels, voxels):
     assert joined.n_units == 4
 
 
+def test_runs_of_one_kind_share_its_published_value(folder, voxels, tmp_path):
+    other = replace(voxels, info=replace(voxels.info, model="gru-large"))
+    (level,) = compare(folder(a=voxels, b=other), tmp_path / "out", n_boot=0).levels
+    published = {line.label: line.cells[-1] for line in comparison_grid(level).lines}
+    assert published["GRU (gru)"] == published["GRU (gru-large)"] == ".237 · .461"
+
+
 def test_a_level_without_its_runs_is_left_out(folder, voxels, parcels):
     assert join_parcels(read_runs(folder(gru=voxels))) is None
     assert join_voxels(read_runs(folder(stage1=parcels))) is None

@@ -236,6 +236,14 @@ def test_units_of_a_recording_are_not_called_voxels(tmp_path, predictions):
     ):
         assert "oxel" not in ours, ours[ours.index("oxel") - 60 :][:120]
         assert "Unitwise" in ours
+    assert "Unit by unit" not in page  # there are areas
+    alone = replace(file, membership={}, repeat_targets=None)
+    out = write_report(
+        alone.write(tmp_path / "a.h5"), tmp_path / "a.html", scores=score(alone, n_boot=0)
+    )
+    text = Page(out.read_text()).text
+    assert "Unit by unit" in text
+    assert "Where in the brain" not in text
 
 
 def test_a_page_without_atlas_ceiling_model_or_map(tmp_path, predictions):
