@@ -45,7 +45,7 @@ stage2: $(READY) ## Train and score Stage 2 on its Stage 1 (trained first where 
 	$(CHASM) run -c $(or $(RECIPE),$(SCALE)/stage2.yaml) $(SOURCE) --data.subject $(SUBJ) --data.dataset_dir data/$(DATASET) $(ARGS)
 
 baselines: $(READY) ## Every model of the paper's comparison on subject SUBJ, in one table
-	$(CHASM) baselines $(if $(NSD),--recipes experiments/paper experiments/nsd) $(SOURCE) --data.subject $(SUBJ) --data.dataset_dir data/$(DATASET) $(ARGS)
+	$(CHASM) baselines $(if $(NSD),--recipes experiments/paper) $(SOURCE) --data.subject $(SUBJ) --data.dataset_dir data/$(DATASET) $(ARGS)
 
 macaque: $(READY) ## The same on real macaque V4 recordings in MACAQUE (two sessions)
 	$(CHASM) prepare arrays --dataset macaque_v4 --name 201025 \

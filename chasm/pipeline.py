@@ -124,7 +124,7 @@ def run_recipe(
     log.info("step: fit")
     run = fit(recipe, fresh=fresh)
     log.info("step: test")
-    score_run(run, n_boot=n_boot, fresh=fresh)
+    score_run(run, n_boot=n_boot, fresh=fresh, by="chasm run")
     return run
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from chasm.data.simulation import SimulationConfig
-from chasm.errors import ChasmError, ConfigError
+from chasm.errors import ChasmError, ConfigError, TrainingError
 from chasm.evaluation.bootstrap import check_resamples
 from chasm.evaluation.comparison import compare
 from chasm.evaluation.comparison_tables import Comparison
@@ -16,7 +17,8 @@ from chasm.evaluation.cost import cost_of_run
 from chasm.evaluation.testing import predict_run
 from chasm.pipeline import prepare_recipe
 from chasm.training.recipes import Recipe
-from chasm.training.runs import RunInterruptedError, fit
+from chasm.training.runs import RunInterruptedError, run_folder
+from chasm.training.side_by_side import Fitted, default_jobs, fit_side_by_side
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +28,12 @@ DEFAULT_RECIPES = (
     "experiments/stage2.yaml",
 )
 """Patterns of the recipes of the simulated demo."""
+
+PROTOCOL = ("subject", "backbone", "split", "split_seed", "statistics")
+"""Data settings that all recipes of one table share."""
+
+PROTOCOL = ("subject", "dataset_dir", "backbone", "split", "split_seed", "statistics")
+"""Data settings that all recipes of a comparison share."""
 
 FOLDER = "baselines"
 """Where the comparison of a subject's runs is, beside them."""
@@ -68,6 +76,7 @@ def run_baselines(
     mask: str = "nsdgeneral",
     n_boot: int = 2000,
     fresh: bool = False,
+    jobs: int | None = None,
 ) -> tuple[Path, Comparison]:
     """Fit, test and cost every recipe on one subject, and compare them.
 
@@ -86,6 +95,8 @@ def run_baselines(
         Bootstrap resamples of the table.
     fresh
         Train and test again although a run is current.
+    jobs
+        Recipes trained at a time, see `chasm.training.side_by_side`; None for its default.
 
     Returns
     -------
@@ -97,46 +108,120 @@ def run_baselines(
     Raises
     ------
     ConfigError
-        `n_boot` is negative or between 1 and 99, or there is no recipe.
-    ChasmError
-        The data cannot be prepared, or every recipe failed: the error of the first.
+        `n_boot` is negative or between 1 and 99, there is no recipe, or recipes differ in split,
+        statistics or tokens.
+    TrainingError
+        Every recipe failed: the error of the first.
     RunInterruptedError
         Training was stopped by a signal.
     """
     check_resamples(n_boot)
     if not recipes:
         raise ConfigError("--recipes", "there is no recipe", "Name a YAML file.")
-    args = list(args)
-    source: dict[str, Any] = {}
-    if nsd is not None or simulated is not None:
-        source = {"nsd": nsd, "simulated": simulated, "version": version, "mask": mask}
+    _check_protocol(args, recipes)
+    failed: dict[str, str] = {}
+    prepared = _prepare(
+        args,
+        recipes,
+        {"nsd": nsd, "simulated": simulated, "version": version, "mask": mask},
+        failed,
+    )
+    runs = _train(prepared, default_jobs() if jobs is None else jobs, fresh, failed)
     predictions: list[Path] = []
-    failed: dict[str, ChasmError | RuntimeError | OSError] = {}
-    for number, path in enumerate(recipes, start=1):
-        log.info("recipe %d of %d: %s", number, len(recipes), path)
-        try:
-            recipe = prepare_recipe(["-c", str(path), *args], **source)
-            if source:
-                args += ["--data.dataset_dir", str(recipe.make_data().dataset_dir)]
-                source = {}
-            predictions.append(_finish(recipe, fresh))
-        except RunInterruptedError:
-            raise
-        except (ChasmError, RuntimeError, OSError) as error:
-            expected = isinstance(error, ChasmError)
-            log.error("%s failed: %s", path, error, exc_info=not expected)
-            failed[str(path)] = error
+    for number, (name, run) in enumerate(runs.items(), start=1):
+        log.info("testing run %d of %d: %s", number, len(runs), name)
+        with _noted(name, failed):
+            predictions.append(predict_run(run, fresh=fresh, by="chasm baselines"))
+            cost_of_run(run, fresh=fresh)
     if not predictions:
-        raise next(iter(failed.values()))
+        name, error = next(iter(failed.items()))
+        raise TrainingError(name, error, "No recipe is left to compare.")
     folder = predictions[0].parent.parent / FOLDER
     log.info("comparing %d runs", len(predictions))
-    errors = {name: " ".join(str(error).split()) for name, error in failed.items()}
-    return folder, compare(predictions, folder, n_boot=n_boot, failed=errors)
+    return folder, compare(predictions, folder, n_boot=n_boot, failed=failed)
 
 
-def _finish(recipe: Recipe, fresh: bool) -> Path:
-    """Fit, test and cost a recipe; give its predictions file."""
-    run = fit(recipe, fresh=fresh)
-    predictions = predict_run(run, fresh=fresh)
-    cost_of_run(run, fresh=fresh)
-    return predictions
+def _check_protocol(args: Sequence[str], paths: Sequence[Path]) -> None:
+    """Refuse recipes that cannot stand in one table; one that does not parse is named later."""
+    first: tuple[Path, dict[str, Any]] | None = None
+    for path in paths:
+        try:
+            data = Recipe(["-c", str(path), *args]).settings()["data"]
+        except ChasmError:
+            continue
+        first = first or (path, data)
+        for key in PROTOCOL:
+            if data[key] != first[1][key]:
+                raise ConfigError(
+                    path,
+                    f"data.{key} is {data[key]}, but {first[1][key]} in {first[0]}",
+                    "Compare recipes of one protocol, or give that key to all of them.",
+                )
+
+
+def _prepare(
+    args: Sequence[str], paths: Sequence[Path], source: dict[str, Any], failed: dict[str, str]
+) -> dict[str, Recipe]:
+    """Parse every recipe and make the data that it needs; the source is read once."""
+    if source["nsd"] is None and source["simulated"] is None:
+        source = {}
+    prepared: dict[str, Recipe] = {}
+    for number, path in enumerate(paths, start=1):
+        log.info("recipe %d of %d: %s", number, len(paths), path)
+        with _noted(str(path), failed):
+            recipe = prepare_recipe(["-c", str(path), *args], **source)
+            prepared[str(path)] = recipe
+            if source:
+                args = [*args, "--data.dataset_dir", str(recipe.make_data().dataset_dir)]
+                source = {}
+    return prepared
+
+
+def _train(
+    recipes: Mapping[str, Recipe], jobs: int, fresh: bool, failed: dict[str, str]
+) -> dict[str, Path]:
+    """Train every recipe; those that build on another one after it. Give their runs."""
+    first: dict[str, Recipe] = {}
+    folders: set[Path] = set()
+    for name, recipe in recipes.items():
+        with _noted(name, failed):
+            for label, needed in _first(name, recipe).items():
+                folder = run_folder(needed, needed.make_data())
+                if folder not in folders:
+                    folders.add(folder)
+                    first[label] = needed
+    found = fit_side_by_side(first, jobs, fresh=fresh)
+    second = {
+        name: recipe
+        for name, recipe in recipes.items()
+        if recipe.stage1 is not None and name not in failed
+    }
+    found |= fit_side_by_side(second, jobs, fresh=fresh)
+    failed |= {
+        name: fitted.error
+        for name, fitted in found.items()
+        if fitted.run is None and name in recipes
+    }
+    return {name: run for name in recipes if (run := found.get(name, Fitted(None)).run) is not None}
+
+
+def _first(name: str, recipe: Recipe) -> dict[str, Recipe]:
+    """Give what can be trained at once: the recipe itself, or the recipe that it builds on."""
+    if recipe.stage1 is None:
+        return {name: recipe}
+    if recipe.stage1.suffix in (".yaml", ".yml"):
+        return {str(recipe.stage1): recipe.stage1_recipe()}
+    return {}
+
+
+@contextmanager
+def _noted(name: str, failed: dict[str, str]) -> Iterator[None]:
+    """Note an error under a name, and go on; a stop from outside is none."""
+    try:
+        yield
+    except RunInterruptedError:
+        raise
+    except (ChasmError, RuntimeError, OSError) as error:
+        expected = isinstance(error, ChasmError)
+        log.error("%s failed: %s", name, error, exc_info=not expected)
+        failed[name] = " ".join(str(error).split())

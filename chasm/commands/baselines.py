@@ -39,6 +39,12 @@ def baselines(args: list[str]) -> None:
     selection_options(parser)
     parser.add_argument("--n-boot", type=int, default=2000, help="bootstrap resamples of the table")
     parser.add_argument("--fresh", action="store_true", help="train and test again")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=None,
+        help="recipes trained at a time (default: one on a GPU, else one per thread, at most 4)",
+    )
     simulation_options(parser.add_argument_group("size of the simulation"), "sim-")
     found, rest = parser.parse_known_args(args)
     if not found.simulate and (found.size or simulation_given(found)):
@@ -66,6 +72,7 @@ def baselines(args: list[str]) -> None:
         mask=found.mask,
         n_boot=found.n_boot,
         fresh=found.fresh,
+        jobs=found.jobs,
     )
     show(comparison)
     show_path(folder / "report.html", "Report: ")

@@ -14,7 +14,7 @@ from chasm.evaluation.comparison_tables import Comparison, Level, cost_frame, ma
 from chasm.evaluation.cost import Cost, linear_cost, read_cost
 from chasm.evaluation.joining import join_parcels, join_voxels, read_runs
 from chasm.evaluation.predictions import PredictionFile
-from chasm.evaluation.report import write_csv, write_frame
+from chasm.evaluation.report import write_csv, write_facts
 from chasm.evaluation.scores import score
 from chasm.io import write_text
 
@@ -33,7 +33,7 @@ def compare(
 
     ``out_dir`` receives ``predictions.h5``, ``scores.csv`` and ``costs.csv`` at voxels, the same
     ending in ``_parcels`` at parcels, and ``table.md`` and ``report.html`` of both. Without a run
-    of voxels, or of parcels, that level is left out.
+    of voxels, or of parcels, that level is left out, and its files of an earlier comparison go.
 
     Parameters
     ----------
@@ -68,7 +68,10 @@ def compare(
     for level in levels:
         level.file.write(out_dir / f"predictions{level.suffix}.h5")
         write_csv(level.scores, out_dir / f"scores{level.suffix}.csv")
-        write_frame(cost_frame(level), out_dir / f"costs{level.suffix}.csv")
+        write_facts(cost_frame(level), level.scores.info, out_dir / f"costs{level.suffix}.csv")
+    for suffix in {"", "_parcels"} - {level.suffix for level in levels}:
+        for name in (f"predictions{suffix}.h5", f"scores{suffix}.csv", f"costs{suffix}.csv"):
+            (out_dir / name).unlink(missing_ok=True)
     write_text(out_dir / "table.md", markdown(comparison))
     write_text(out_dir / "report.html", render(comparison))
     logger.info("comparison written: %s", out_dir / "report.html")

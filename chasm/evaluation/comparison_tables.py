@@ -83,8 +83,6 @@ def cost_frame(level: Level) -> pd.DataFrame:
     lines = [
         {
             "row": name,
-            "unit": info.unit,
-            "simulated": info.simulated,
             **(vars(level.costs[name]) if name in level.costs else {}),
             "published": published_value(level.system(name), info.unit),
         }

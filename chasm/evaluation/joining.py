@@ -70,8 +70,8 @@ def read_runs(paths: Sequence[Path]) -> list[JoinedRun]:
     Raises
     ------
     DataError
-        A file cannot be read, has no model, or is of another subject, data set, split, test set
-        or normalisation than the first; the file and the field are named.
+        A file cannot be read, has no model, or is of another subject, data set, split, test set,
+        tokens or normalisation than the first; the file and the field are named.
     """
     if not paths:
         raise DataError("comparison", "there are no predictions", "Run `chasm test` on some runs.")
@@ -105,7 +105,7 @@ def _own_row(file: PredictionFile) -> str:
 
 
 def _check_same(file: PredictionFile, first: PredictionFile) -> None:
-    remedy = f"Compare runs of the same subject, store and split as {first.where}."
+    remedy = f"Compare runs of the same subject, store, tokens and split as {first.where}."
     for name in ("subject", "dataset", "simulated", "split"):
         found, expected = getattr(file.info, name), getattr(first.info, name)
         if found != expected:
@@ -115,11 +115,12 @@ def _check_same(file: PredictionFile, first: PredictionFile) -> None:
     for name in ("image_id", "repeats"):
         if not np.array_equal(getattr(file, name), getattr(first, name)):
             raise DataError(f"{file.where}:/{name}", f"differs from that of {first.where}", remedy)
-    stores = [f.info.fingerprints.get("store") for f in (file, first)]
-    if stores[0] != stores[1]:
-        raise DataError(
-            f"{file.where}:fingerprints", f"store {stores[0]}, expected {stores[1]}", remedy
-        )
+    for name in ("store", "tokens"):
+        there, expected = (f.info.fingerprints.get(name) for f in (file, first))
+        if there != expected:
+            raise DataError(
+                f"{file.where}:fingerprints", f"{name} {there}, expected {expected}", remedy
+            )
 
 
 def _check_targets(runs: Sequence[JoinedRun]) -> None:

@@ -19,9 +19,12 @@ import h5py
 import numpy as np
 
 from chasm.io import atomic_path, digest
-from chasm.models.baselines import BaselinePrediction
+from chasm.models.baselines import BaselinePrediction, linear_baselines
 
 log = logging.getLogger(__name__)
+
+N_FOLDS = 5
+"""Folds of the cross-validation over train images."""
 
 FORMAT_VERSION = 1
 """Raised when a change of the code changes what the fits give."""
@@ -33,6 +36,7 @@ def linear_key(
     responses: np.ndarray,
     seed: int,
     cls_layers: list[int],
+    n_folds: int = N_FOLDS,
 ) -> str:
     """Digest of everything that the linear rows depend on.
 
@@ -48,14 +52,20 @@ def linear_key(
         Of the folds.
     cls_layers
         Backbone layers of the CLS tokens.
+    n_folds
+        Of the cross-validation.
     """
     content = hashlib.sha256()
     for values in (*rows, responses):
         array = np.ascontiguousarray(values)
         content.update(f"{array.dtype.str}{array.shape}".encode())
         content.update(array.data)
-    facts = [FORMAT_VERSION, version("himalaya"), tokens, seed, list(cls_layers)]
-    return digest([*facts, content.hexdigest()])
+    facts = [FORMAT_VERSION, version("himalaya"), tokens, seed, list(cls_layers), n_folds]
+    searched = [
+        [name, encoder.spaces, encoder.shares.tolist(), encoder.alphas.tolist()]
+        for name, encoder in linear_baselines(n_folds, seed, cls_layers).items()
+    ]
+    return digest([*facts, searched, content.hexdigest()])
 
 
 def linear_rows(

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from chasm.data.batches import Batch, EncodingDataset
 from chasm.data.datamodule import NSDDataModule
-from chasm.errors import ConfigError
-from chasm.evaluation.linear_rows import linear_key, linear_rows
+from chasm.evaluation.linear_rows import N_FOLDS, linear_key, linear_rows
 from chasm.evaluation.predictions import (
     MAIN_TARGET,
     AlternativeTarget,
@@ -78,11 +77,13 @@ def predict_test(
         return baseline_kernels(spaces, *images, layers)
 
     def baselines(values: np.ndarray, target: str) -> dict[str, PredictionRow]:
-        key = linear_key(data.tokens.fingerprint, images, values, recipe.seed, layers)
+        key = linear_key(data.tokens.fingerprint, images, values, recipe.seed, layers, N_FOLDS)
         fitted = linear_rows(
             run.parent / "linear",
             key,
-            lambda: fit_to_kernels(kernels(), values, train.image_ids, seed=recipe.seed),
+            lambda: fit_to_kernels(
+                kernels(), values, train.image_ids, n_folds=N_FOLDS, seed=recipe.seed
+            ),
         )
         return {
             name: PredictionRow(found.values, "baseline", found.n_parameters, found.details, target)
@@ -259,17 +260,19 @@ def _predict(reading: _Reading, n_draws: int, seed: int) -> _Predicted:
     )
 
 
+def draws_of(model: EncodingModule, asked: int) -> int:
+    """Draws per image where so many are asked for: 0 below 2, or from a model without a latent."""
+    latent = getattr(getattr(model, "decoder", None), "latent", None)
+    return 0 if latent is None or asked < 2 else asked
+
+
 def _draw(
     model: EncodingModule, batch: Batch, n: int, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Mean and variance over draws, each (images, units); nothing from a model without them."""
-    if n < 2:
+    if not draws_of(model, n):
         return {}
-    try:
-        drawn = model.draws(batch, n, generator)
-    except ConfigError:
-        return {}
-    variance, mean = torch.var_mean(drawn.float(), dim=0)
+    variance, mean = torch.var_mean(model.draws(batch, n, generator).float(), dim=0)
     return {"mean": mean, "variance": variance}
 
 

@@ -31,7 +31,7 @@ class PredictionRow:
     kind
         ``model``; ``component``: an earlier stage of the model, scored alone; or ``baseline``.
     n_parameters
-        Trained parameters, None when unknown.
+        Parameters, frozen and closed-form ones among them; None when unknown.
     details
         JSON-serialisable facts (spaces, penalties, checkpoint).
     trained_on

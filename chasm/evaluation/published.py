@@ -27,14 +27,14 @@ PUBLISHED_PARCELS: Mapping[str, str] = {
 VOXELS_NOTE = (
     "Published, on other data: pattern correlation · mean squared error of the system of this "
     "name in CHASMBrain (arXiv 2606.04772): session-z betas, 3-repeat mean, volume, subjects 1, "
-    "2, 5, 7, best epoch selected on test (Stage 2: MLP, without VAE and, there .413 · .386, "
-    "with VAE are its ablation table). Never to be ranked against ours."
+    "2, 5, 7 (trained rows: best epoch selected on test). Stage 2: MLP, without VAE and, there "
+    ".413 · .386, with VAE are its ablation table. Never to be ranked against ours."
 )
 
 PARCELS_NOTE = (
     "Published, on other data: pattern correlation over parcels of 30 voxels of the system of "
-    "this name in CHASMBrain (arXiv 2606.04772): top-p means of the same trials as targets, best "
-    "epoch selected on test. Never to be ranked against ours."
+    "this name in CHASMBrain (arXiv 2606.04772): top-p means of the same trials as targets "
+    "(trained rows: best epoch selected on test). Never to be ranked against ours."
 )
 
 

@@ -16,7 +16,7 @@ from chasm.evaluation.bootstrap import check_resamples
 from chasm.evaluation.brain_maps import Volume
 from chasm.evaluation.gallery import Pixels
 from chasm.evaluation.page import Surroundings, render
-from chasm.evaluation.predictions import PredictionFile
+from chasm.evaluation.predictions import PredictionFile, RunInfo
 from chasm.evaluation.scores import Scores, score
 from chasm.io import atomic_path, digest, sha256_of_file, write_json, write_text
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 FILES = ("scores.csv", "table.md", "report.html", "scores.json")
 """What `evaluate` leaves in the report's folder; with ``draws.csv`` for a model that draws."""
 
-REPORT_VERSION = 2
+REPORT_VERSION = 3
 """Part of a report's signature: raised when a change of the code changes what is written."""
 
 
@@ -77,7 +77,7 @@ def evaluate(
     scores = score(file, n_boot=n_boot, seed=seed)
     out_dir = Path(out_dir)
     given = Surroundings(metrics_csv, provenance, volume, background, pixels)
-    signature = _signature(predictions, n_boot, seed, given)
+    signature = _signature(predictions, n_boot, seed, given, draws=scores.spreads is not None)
     if not fresh and is_current(out_dir, signature):
         logger.info("the report is current: %s", out_dir / "report.html")
         return scores
@@ -87,7 +87,7 @@ def evaluate(
     if scores.spreads is None:
         (out_dir / "draws.csv").unlink(missing_ok=True)
     else:
-        write_frame(scores.spreads, out_dir / "draws.csv")
+        write_facts(scores.spreads, scores.info, out_dir / "draws.csv")
     write_json(out_dir / "scores.json", signature)
     logger.info("report written: %s", out_dir / "report.html")
     return scores
@@ -95,7 +95,8 @@ def evaluate(
 
 def is_current(out_dir: Path, signature: Mapping[str, Any]) -> bool:
     """Whether `evaluate` has already written everything from the inputs of this signature."""
-    if not all((out_dir / name).is_file() for name in FILES):
+    names = (*FILES, "draws.csv") if signature["draws"] else FILES
+    if not all((out_dir / name).is_file() for name in names):
         return False
     try:
         found = json.loads((out_dir / "scores.json").read_text(encoding="utf-8"))
@@ -109,6 +110,8 @@ def _signature(
     n_boot: int,
     seed: int,
     given: Surroundings,
+    *,
+    draws: bool,
 ) -> dict[str, Any]:
     """Everything that the written files depend on, as JSON values."""
     curves = given.metrics_csv
@@ -118,6 +121,7 @@ def _signature(
         "provenance": digest(given.provenance),
         "maps": given.volume is not None,
         "pixels": given.pixels is not None,
+        "draws": draws,
         "n_boot": n_boot,
         "seed": seed,
         "report": REPORT_VERSION,
@@ -126,11 +130,10 @@ def _signature(
 
 
 def write_csv(scores: Scores, path: Path) -> None:
-    """Write the tidy score table, with subject, data set and SIMULATED on every line.
+    """Write the tidy score table, see `write_facts`.
 
     The differences between a model and its parts are lines of kind ``difference``.
     """
-    info = scores.info
     gains = scores.gains
     lines = pd.DataFrame(
         {
@@ -143,6 +146,11 @@ def write_csv(scores: Scores, path: Path) -> None:
         }
     )
     frame = scores.frame if gains.empty else pd.concat([scores.frame, lines], ignore_index=True)
+    write_facts(frame, scores.info, path)
+
+
+def write_facts(frame: pd.DataFrame, info: RunInfo, path: Path) -> None:
+    """Write a table as CSV, six digits, with subject, data set and SIMULATED on every line."""
     frame = frame.copy()
     facts: dict[str, Any] = {
         "subject": info.subject,
@@ -154,11 +162,6 @@ def write_csv(scores: Scores, path: Path) -> None:
     }
     for position, (name, value) in enumerate(facts.items()):
         frame.insert(position, name, value)
-    write_frame(frame, path)
-
-
-def write_frame(frame: pd.DataFrame, path: Path) -> None:
-    """Write a table as CSV, six digits."""
     with atomic_path(path) as temporary:
         frame.to_csv(temporary, index=False, float_format="%.6g")
 

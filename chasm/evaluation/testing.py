@@ -18,7 +18,7 @@ from chasm.evaluation import evaluate
 from chasm.evaluation.bootstrap import check_resamples
 from chasm.evaluation.brain_maps import Volume
 from chasm.evaluation.gallery import Pixels
-from chasm.evaluation.predicting import N_DRAWS, predict_test
+from chasm.evaluation.predicting import N_DRAWS, draws_of, predict_test
 from chasm.evaluation.predictions import PredictionFile
 from chasm.evaluation.tables import show
 from chasm.io import sha256_of_file
@@ -27,14 +27,22 @@ from chasm.training.runs import is_finished, load, read_provenance
 
 log = logging.getLogger(__name__)
 
+TEST = "chasm test"
+"""Who reads the test images unless another command says that it does."""
+
 
 def score_run(
-    run: Path, *, n_boot: int = 2000, fresh: bool = False, n_draws: int = N_DRAWS
+    run: Path,
+    *,
+    n_boot: int = 2000,
+    fresh: bool = False,
+    n_draws: int = N_DRAWS,
+    by: str = TEST,
 ) -> Path:
     """Score a finished run on its test images and write predictions, tables and report.
 
     The reading is noted in the run's ``test_readings.jsonl``. When predictions of the same
-    checkpoint are there, nothing is read again and only the table is shown.
+    checkpoint, with as many draws, are there, nothing is read again and only the table is shown.
 
     Parameters
     ----------
@@ -46,6 +54,8 @@ def score_run(
         Predict again in any case.
     n_draws
         Draws per image of a model that has a latent; below 2: none.
+    by
+        Command that asks, for the note of the reading.
 
     Returns
     -------
@@ -60,17 +70,19 @@ def score_run(
         `n_boot` is negative or between 1 and 99.
     """
     check_resamples(n_boot)
-    model, data = _predicted(run, fresh, n_draws)
+    model, data = _predicted(run, fresh, n_draws, by)
     return _report(run, _volume(model, data), _pixels(data), n_boot, fresh=False)
 
 
-def predict_run(run: Path, *, fresh: bool = False, n_draws: int = N_DRAWS) -> Path:
+def predict_run(run: Path, *, fresh: bool = False, n_draws: int = N_DRAWS, by: str = TEST) -> Path:
     """Write a finished run's predictions as `score_run` does, without tables and report."""
-    _predicted(run, fresh, n_draws)
+    _predicted(run, fresh, n_draws, by)
     return run / "predictions.h5"
 
 
-def _predicted(run: Path, fresh: bool, n_draws: int) -> tuple[EncodingModule, NSDDataModule]:
+def _predicted(
+    run: Path, fresh: bool, n_draws: int, by: str
+) -> tuple[EncodingModule, NSDDataModule]:
     """Give a run's model and data once its predictions are there and current."""
     if not is_finished(run):
         raise DataError(
@@ -82,11 +94,11 @@ def _predicted(run: Path, fresh: bool, n_draws: int) -> tuple[EncodingModule, NS
     assert isinstance(model, EncodingModule)
     _check_store(run, data)
     _check_same(run, "tokens", data.tokens.fingerprint)
-    if not fresh and _made_by(predictions) == checkpoint:
+    if not fresh and _made_by(predictions) == (checkpoint, draws_of(model, n_draws)):
         log.info("predictions are current: %s", predictions)
     else:
         data.setup("test")
-        _note_reading(run, checkpoint)
+        _note_reading(run, checkpoint, by)
         predict_test(run, model, data, recipe, checkpoint, n_draws).write(predictions)
     return model, data
 
@@ -168,15 +180,17 @@ def _pixels(data: NSDDataModule) -> Pixels:
     return read
 
 
-def _made_by(predictions: Path) -> str | None:
-    """Fingerprint of the checkpoint behind a predictions file, None without a readable one."""
+def _made_by(predictions: Path) -> tuple[str, int] | None:
+    """Checkpoint's fingerprint and draws per image of a predictions file, None without one."""
     if not predictions.is_file():
         return None
     try:
-        return PredictionFile.read(predictions).info.fingerprints.get("checkpoint")
+        file = PredictionFile.read(predictions)
     except DataError as error:
         log.warning("predicting again: %s", error)
         return None
+    n_draws = 0 if file.draws is None else file.draws.n
+    return file.info.fingerprints.get("checkpoint", ""), n_draws
 
 
 def _check_store(run: Path, data: NSDDataModule) -> None:
@@ -194,10 +208,10 @@ def _check_same(run: Path, part: Literal["store", "tokens"], now: str) -> None:
         )
 
 
-def _note_reading(run: Path, checkpoint: str) -> None:
+def _note_reading(run: Path, checkpoint: str, by: str) -> None:
     entry = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "by": "chasm test",
+        "by": by,
         "checkpoint": checkpoint,
     }
     with (run / "test_readings.jsonl").open("a", encoding="utf-8") as stream:

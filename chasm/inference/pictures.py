@@ -184,6 +184,8 @@ def _damage_named(where: object) -> Iterator[None]:
         yield
     except _DAMAGE as error:
         line = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, UnidentifiedImageError):
+            line = "of no format that can be read"
         raise DataError(where, f"cannot be decoded as an image ({line})", "Replace it") from error
 
 

@@ -83,8 +83,10 @@ class LinearPath(nn.Module):
         tuple of Tensor
             Two (images, units).
         """
-        dtype = self.bias.dtype
-        return self.cls(cls.flatten(1).to(dtype)), self.patches(patches.flatten(1).to(dtype))
+        # Folded means are large next to what is left after them: never in half precision.
+        with torch.autocast(cls.device.type, enabled=False):
+            dtype = self.bias.dtype
+            return self.cls(cls.flatten(1).to(dtype)), self.patches(patches.flatten(1).to(dtype))
 
     def forward(self, cls: Tensor, patches: Tensor) -> Tensor:
         """Predict (images, units); see `parts` for the tokens."""

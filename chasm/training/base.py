@@ -69,6 +69,9 @@ class EncodingModule(L.LightningModule):
     rate_factors: dict[str, float] = {}  # noqa: RUF012 (replaced, never changed)
     """Factor on the learning rate by the beginning of a parameter's name."""
 
+    needs_stage1 = False
+    """Whether it builds on a trained Stage 1."""
+
     share: Tensor
 
     def __init__(
@@ -95,6 +98,7 @@ class EncodingModule(L.LightningModule):
         self.parcellation: Parcellation | None = None
         self.sizes: DataSizes | None = None
         self.recipe_settings: dict[str, Any] | None = None
+        self.trained_on: dict[str, Any] | None = None
         self._seen: list[tuple[Tensor, ...]] = []
 
     # What a stage says of itself.
@@ -157,6 +161,7 @@ class EncodingModule(L.LightningModule):
             return
         data: NSDDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
         self.build(data.sizes, data.parcellation)
+        self.trained_on = facts_of(data)
         if self.token_scaling == "standard":
             self.scale_tokens(data.token_statistics())
 
@@ -175,10 +180,12 @@ class EncodingModule(L.LightningModule):
         assert self.parcellation is not None
         checkpoint["sizes"] = asdict(self.sizes)
         checkpoint["parcel_labels"] = self.parcellation.labels.cpu()
+        checkpoint["trained_on"] = self.trained_on
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build with the sizes of the checkpoint before its weights are loaded."""
         sizes = DataSizes(**checkpoint["sizes"])
+        self.trained_on = checkpoint.get("trained_on")
         if not self.built:
             self.build(sizes, Parcellation(checkpoint["parcel_labels"]))
         elif sizes != self.sizes:
@@ -204,7 +211,8 @@ class EncodingModule(L.LightningModule):
         """Mix the network's (images, units) with those of the closed form, where there is one."""
         if self.linear is None:
             return own
-        return own.lerp(self.linear(batch["cls"], batch["patches"]), self.share)
+        linear = self.linear(batch["cls"], batch["patches"])
+        return own.to(linear.dtype).lerp(linear, self.share)
 
     def predict(self, batch: Batch) -> Tensor:
         """Predict (images, units)."""
@@ -253,7 +261,8 @@ class EncodingModule(L.LightningModule):
         if self.linear is None:
             self.val_metrics.update(own, target)
             return
-        self._seen.append((target, own, self.linear(batch["cls"], batch["patches"])))
+        linear = self.linear(batch["cls"], batch["patches"])
+        self._seen.append((target, own.to(linear.dtype), linear))
 
     def on_validation_epoch_end(self) -> None:
         """Choose the share of the closed form and log the scores of the whole validation set."""
@@ -277,6 +286,18 @@ class EncodingModule(L.LightningModule):
             self.warmup,
             self.schedule,
         )
+
+
+def facts_of(data: NSDDataModule) -> dict[str, Any]:
+    """Say what a model is trained on, so that another stage cannot mix it with other data."""
+    split = data.data_split
+    return {
+        "subject": str(data.store.subject),
+        "store": data.store.fingerprint,
+        "tokens": data.tokens.fingerprint,
+        "train": torch.from_numpy(split.train.astype("int64")),
+        "validation": torch.from_numpy(split.validation.astype("int64")),
+    }
 
 
 def title_of(network: nn.Module | None, default: str) -> str:

@@ -21,6 +21,7 @@ from chasm.training.base import EncodingModule
 OWN = "chasm."
 """Classes that a description may name."""
 _DOTTED_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+_WORD = re.compile(r"[A-Za-z0-9_+-]*")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -34,9 +35,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        what = "damaged, or not written by torch.save"
+        if isinstance(error, pickle.UnpicklingError):
+            what = "it holds more than tensors and plain types, which would have to be unpickled"
         raise DataError(
-            path, f"is not a readable checkpoint ({line})", "Train again with --fresh."
+            path, f"is not a readable checkpoint ({what})", "Name another, or train again with --fresh."
         ) from error
     if not isinstance(found, dict) or "state_dict" not in found:
         raise DataError(path, "holds no state_dict", "Name a checkpoint that `chasm fit` wrote.")
@@ -68,6 +71,7 @@ def load_module(path: Path) -> EncodingModule:
         raise DataError(
             path, "its weights do not fit its own description", "Train again with --fresh."
         ) from error
+    module.trained_on = saved.get("trained_on")
     return module.eval()
 
 
@@ -129,17 +133,22 @@ def build_module(description: Mapping[str, Any], where: str = "model") -> Encodi
     return module.eval()
 
 
-def _check_classes(value: Any, where: str) -> None:
-    """Refuse any dotted name outside this package: to import it would be to run its code."""
-    if isinstance(value, str):
-        if _DOTTED_NAME.fullmatch(value) and not value.startswith(OWN):
-            raise DataError(where, f"names the class {value!r}", f"Only {OWN}* can be loaded.")
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            _check_classes(inner, where)
+def _check_classes(value: Any, where: str, key: str = "") -> None:
+    """Refuse what could make jsonargparse import or read anything outside this package.
+
+    Strings are plain words; a dotted one is a class of this package, under ``class_path``.
+    """
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            _check_classes(str(name), where)
+            _check_classes(inner, where, str(name))
     elif isinstance(value, list | tuple):
         for inner in value:
             _check_classes(inner, where)
+    elif isinstance(value, str):
+        named = key in ("class_path", "_class_path") and value.startswith(OWN)
+        if not _WORD.fullmatch(value) and not (named and _DOTTED_NAME.fullmatch(value)):
+            raise DataError(where, f"names {value!r}", f"Only classes of {OWN}* can be loaded.")
 
 
 def _is_plain(value: Any) -> bool:

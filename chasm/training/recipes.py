@@ -23,6 +23,7 @@ from chasm.training.base import EncodingModule
 
 STAGE1_DATA = (
     "subject", "dataset_dir", "backbone", "split", "split_seed", "statistics", "parcels",
+    "num_workers",
 )  # fmt: skip
 """Data settings that a Stage 1 takes from the Stage 2 that it is trained for."""
 
@@ -70,7 +71,7 @@ class Recipe(LightningCLI):
         except ArgumentError as error:
             raise _one_line(error, args) from error
         if self.config["stage1"] is not None:
-            self.config["stage1"] = str(_found(self.config["stage1"], args))
+            self.config["stage1"] = _absolute(self.config["stage1"], args)
 
     def _parse(self, args: Sequence[str]) -> None:
         super().__init__(
@@ -124,17 +125,33 @@ class Recipe(LightningCLI):
 
     @property
     def stage1(self) -> Path | None:
-        """Recipe, run or checkpoint of the Stage 1 that a Stage 2 builds on."""
-        return None if self.config["stage1"] is None else Path(self.config["stage1"])
+        """Recipe, run or checkpoint of the Stage 1 that a Stage 2 builds on.
+
+        Raises
+        ------
+        ConfigError
+            It is not there. (A trained run needs it no more.)
+        """
+        if self.config["stage1"] is None:
+            return None
+        path = Path(self.config["stage1"])
+        if not path.exists():
+            what = "Name a recipe, a run or a checkpoint."
+            raise ConfigError("stage1", f"{str(path)!r} is not there", what)
+        return path
 
     def stage1_recipe(self) -> Recipe:
-        """Give the recipe of Stage 1, on the same subject, tokens, split, parcels and seed."""
+        """Give the recipe of Stage 1, on the same subject, tokens, split, parcels and seed.
+
+        Its samples, batches and epochs are its own.
+        """
         settings = self.settings()
         data = settings["data"]
         args = ["-c", str(self.stage1), "--runs", self.runs, "--seed_everything", str(self.seed)]
         for key in STAGE1_DATA:
             value = data[key]
             args += [f"--data.{key}", value if isinstance(value, str) else json.dumps(value)]
+        args += ["--trainer.accelerator", settings["trainer"]["accelerator"]]
         return Recipe(args)
 
     @property
@@ -203,13 +220,13 @@ class Recipe(LightningCLI):
         return yaml.safe_load(self.resolved())
 
 
-def _found(name: str, args: Sequence[str]) -> Path:
-    """Find a path that is relative to the working folder or to a recipe among the arguments."""
+def _absolute(name: str, args: Sequence[str]) -> str:
+    """Resolve a path that is relative to the working folder or to a recipe among the arguments."""
     configs = [Path(a) for flag, a in pairwise(args) if flag in ("-c", "--config")]
     for folder in (Path.cwd(), *(config.parent for config in reversed(configs))):
         if (folder / name).exists():
-            return (folder / name).resolve()
-    raise ConfigError("stage1", f"{name!r} is not there", "Name a recipe, a run or a checkpoint.")
+            return str((folder / name).resolve())
+    return name
 
 
 def _one_line(error: ArgumentError, args: Sequence[str]) -> ConfigError:

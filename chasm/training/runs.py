@@ -43,7 +43,10 @@ _WITHOUT_EFFECT = {
 """Settings that change nothing in the result, left out of a run's digest."""
 
 
-RESULT_VERSION = 1
+RECIPES = (".yaml", ".yml")
+"""Suffixes by which a recipe is told from a checkpoint."""
+
+RESULT_VERSION = 2
 """Part of a run's digest: raised when a change of the code changes what training gives."""
 
 
@@ -87,7 +90,7 @@ def stage1_checkpoint(recipe: Recipe) -> Path:
     """
     source = recipe.stage1
     assert source is not None
-    if source.suffix in (".yaml", ".yml"):
+    if source.suffix in RECIPES:
         source = fit(recipe.stage1_recipe())
     if source.is_dir():
         if not is_finished(source):
@@ -110,6 +113,7 @@ def fit(recipe: Recipe, *, fresh: bool = False) -> Path:
     DataError, ConfigError
         The data cannot be used, or another process trains the same run.
     """
+    _check_before(recipe)
     data = recipe.make_data()
     run = run_folder(recipe, data)
     if not fresh and is_finished(run):
@@ -136,7 +140,6 @@ def _fit_locked(recipe: Recipe, data: NSDDataModule, run: Path, fresh: bool) -> 
     model = recipe.make_model()
     if recipe.stage1 is not None:
         model.take_stage1(load_module(stage1_checkpoint(recipe)))
-    _check_monitor(recipe.selection.monitor, model)
     resume = last if last.is_file() else None
     if resume is not None:
         read_checkpoint(resume)
@@ -170,12 +173,22 @@ def _fit_locked(recipe: Recipe, data: NSDDataModule, run: Path, fresh: bool) -> 
     return run
 
 
-def _check_monitor(monitor: str, model: EncodingModule) -> None:
+def _check_before(recipe: Recipe) -> None:
+    """Find what cannot work before anything is trained: the monitor and the Stage 1."""
+    model, monitor = recipe.make_model(), recipe.selection.monitor
     if monitor not in model.monitors:
-        known = ", ".join(model.monitors)
-        raise ConfigError(
-            "selection.monitor", f"{monitor!r} is not logged", f"Use one of: {known}."
-        )
+        known = f"Use one of: {', '.join(model.monitors)}."
+        raise ConfigError("selection.monitor", f"{monitor!r} is not logged", known)
+    source = recipe.stage1
+    if source is None and model.needs_stage1:
+        problem = f"{model.row_name} builds on a trained Stage 1"
+        raise ConfigError("stage1", problem, "Name its recipe, run or checkpoint.")
+    if source is None:
+        return
+    if not model.needs_stage1:
+        raise ConfigError("stage1", f"{model.row_name} builds on no Stage 1", "Leave the key out.")
+    if source.suffix in RECIPES and recipe.stage1_recipe().make_model().needs_stage1:
+        raise ConfigError("stage1", f"{source.name} is no Stage 1", "Name a model of parcels.")
 
 
 def _trained(trainer: L.Trainer, model: L.LightningModule) -> dict[str, Any]:
@@ -281,8 +294,4 @@ def load(run: Path, checkpoint: str = "best") -> tuple[EncodingModule, NSDDataMo
                 path, "is missing: this folder is no finished run", "Train it with `chasm fit`."
             )
     recipe = Recipe(["-c", str(config)])
-    model = recipe.make_model()
-    saved = read_checkpoint(weights)
-    model.on_load_checkpoint(saved)
-    model.load_state_dict(saved["state_dict"])
-    return model.eval(), recipe.make_data(), recipe
+    return load_module(weights), recipe.make_data(), recipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -9,16 +10,18 @@ import torch
 from torch import Tensor
 
 from chasm.data.batches import Batch
-from chasm.data.datamodule import DataSizes
+from chasm.data.datamodule import DataSizes, NSDDataModule
 from chasm.errors import ConfigError
 from chasm.losses import Stage2Loss
 from chasm.models.decoder import Stage2Output, VoxelDecoder
 from chasm.models.stage2 import MambaVAE
 from chasm.models.tokens import TokenScaler
 from chasm.parcellation import Aggregation, Parcellation
-from chasm.training.base import EncodingModule, Unit, title_of
+from chasm.training.base import EncodingModule, Unit, facts_of, title_of
 from chasm.training.checkpoints import build_module, describe_module
 from chasm.training.modules import Stage1Module
+
+log = logging.getLogger(__name__)
 
 Stage2Factory = Callable[[int, int, int, int, Parcellation], VoxelDecoder]
 """(cls_width, n_cls, patch_width, n_patches, parcellation) -> decoder."""
@@ -37,7 +40,8 @@ class Stage2Module(EncodingModule):
     loss
         Weighted sum of terms.
     stage1_training
-        ``frozen`` (paper), or ``joint``: Stage 1's network is trained on, too.
+        ``frozen`` (paper), or ``joint``: Stage 1's network is trained on, too; the share of its
+        closed form stays what it was.
     stage1_rate
         Factor on the learning rate for a jointly trained Stage 1.
     parcel_weight
@@ -72,6 +76,7 @@ class Stage2Module(EncodingModule):
         self.decoder: VoxelDecoder | None = None
 
     unit: Unit = "voxel"
+    needs_stage1 = True
 
     @property
     def row_name(self) -> str:
@@ -111,6 +116,8 @@ class Stage2Module(EncodingModule):
             There is no Stage 1, or it was trained on other tokens, voxels or parcels.
         """
         stage1 = self.parcel_model
+        if self._trainer is not None:
+            check_same_data(stage1, self.trainer.datamodule)  # type: ignore[attr-defined]
         if stage1.sizes != sizes:
             raise ConfigError(
                 "stage1",
@@ -237,3 +244,34 @@ class Stage2Module(EncodingModule):
         voxels, terms = self.terms(batch)
         self.log("val/loss", terms["total"], batch_size=len(batch["betas"]), sync_dist=True)
         self.watch(voxels, batch)
+
+
+def check_same_data(stage1: EncodingModule, data: NSDDataModule) -> None:
+    """Refuse a Stage 1 of another subject or tokens, or one that saw images held out here.
+
+    Raises
+    ------
+    ConfigError
+        The subject, store or tokens differ, its train images are among this split's validation
+        or test images, or its validation images are among the test images.
+    """
+    facts, here = stage1.trained_on, facts_of(data)
+    if facts is None:
+        log.warning("stage1: it does not say what it was trained on; its split is not checked")
+        return
+    for key in ("subject", "store", "tokens"):
+        if facts[key] != here[key]:
+            found, wanted = str(facts[key])[:12], str(here[key])[:12]
+            problem = f"it was trained on the {key} {found}, this recipe has {wanted}"
+            raise ConfigError("stage1", problem, "Train it on the same data.")
+    test = torch.from_numpy(data.data_split.test.astype("int64"))
+    for seen, held, names in (
+        (facts["train"], test, "train images are test images"),
+        (facts["validation"], test, "validation images are test images"),
+        (facts["train"], here["validation"], "train images are validation images"),
+    ):
+        n = int(torch.isin(seen, held).sum())
+        if n:
+            raise ConfigError(
+                "stage1", f"{n} of its {names} of this recipe", "Train it with the same split."
+            )

@@ -158,6 +158,17 @@ def test_a_level_without_its_runs_is_left_out(folder, voxels, parcels):
     assert join_voxels(read_runs(folder(stage1=parcels))) is None
 
 
+def test_files_of_a_level_that_is_gone_are_removed(folder, voxels, parcels, tmp_path):
+    paths, out = folder(gru=voxels, stage1=parcels), tmp_path / "out"
+    per_level = {f"{name}{{}}.{end}" for name, end in
+                 (("predictions", "h5"), ("scores", "csv"), ("costs", "csv"))}  # fmt: skip
+    for chosen, suffix in ((paths[:1], ""), (paths[1:], "_parcels")):
+        compare(paths, out, n_boot=0)
+        compare(chosen, out, n_boot=0)
+        expected = {name.format(suffix) for name in per_level} | {"table.md", "report.html"}
+        assert {path.name for path in out.iterdir()} == expected
+
+
 def test_runs_of_one_name_are_told_apart_by_their_recipes(folder, voxels):
     other = replace(voxels, info=replace(voxels.info, model="gru-large"))
     runs = read_runs(folder(a=voxels, b=other))
@@ -173,6 +184,10 @@ def test_runs_of_one_name_are_told_apart_by_their_recipes(folder, voxels):
         (lambda f: {"info": replace(f.info, simulated=False)}, "simulated"),
         (lambda f: {"info": replace(f.info, split="paper")}, "split: found 'paper'"),
         (lambda f: {"info": replace(f.info, fingerprints={"store": "0"})}, "fingerprints: store 0"),
+        (
+            lambda f: {"info": replace(f.info, fingerprints={"store": "3f9a", "tokens": "1"})},
+            "fingerprints: tokens 1, expected 77bc",
+        ),
         (lambda f: {"image_id": f.image_id[::-1]}, "/image_id"),
         (lambda f: {"repeats": f.repeats * 0 + 1}, "/repeats"),
         (lambda f: {"target": f.target + 0.1}, "/target: its responses to the same images differ"),
@@ -256,7 +271,10 @@ def test_the_table_has_every_row_with_difference_cost_and_published_value(compar
     assert published["GRU"] == ".237 · .461"
     assert published["linear probe (CLS)"] == ".407 · .357"
     assert published["stage 1"] == published["noise ceiling"] == "–"
-    for phrase in ("session-z", "3-repeat mean", "subjects 1, 2, 5, 7", "selected on test"):
+    for phrase in (
+        "session-z", "3-repeat mean", "subjects 1, 2, 5, 7",
+        "(trained rows: best epoch selected on test)",
+    ):  # fmt: skip
         assert phrase in grid.note
     at_parcels = comparison_grid(comparison.levels[1])
     assert at_parcels.columns[-1] == "Published: pattern r"
@@ -301,7 +319,10 @@ def test_what_is_written_says_simulated_and_names_what_failed(compared):
         scores = pd.read_csv(out / f"scores{suffix}.csv")
         costs = pd.read_csv(out / f"costs{suffix}.csv")
         assert scores["simulated"].all()
+        facts = ["subject", "dataset", "simulated", "unit", "split", "weights"]
+        assert list(costs.columns[:6]) == list(scores.columns[:6]) == facts
         assert costs["simulated"].all()
+        assert (costs["unit"] == ("parcel" if suffix else "voxel")).all()
         assert set(costs["row"]) <= set(scores["row"])
 
 

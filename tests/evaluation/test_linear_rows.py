@@ -7,7 +7,13 @@ import pytest
 
 from chasm.evaluation import linear_rows as kept
 from chasm.evaluation.linear_rows import linear_key, linear_rows
-from chasm.models.baselines import BaselinePrediction
+from chasm.models.baselines import (
+    ALPHAS,
+    BANDS,
+    BaselinePrediction,
+    LinearEncoder,
+    linear_baselines,
+)
 
 FACTS = {
     "tokens": "pyramid-0123",
@@ -15,6 +21,7 @@ FACTS = {
     "responses": np.arange(12, dtype=np.float32).reshape(6, 2),
     "seed": 0,
     "cls_layers": [12],
+    "n_folds": 5,
 }
 
 
@@ -70,11 +77,27 @@ def test_a_damaged_file_is_written_again(kept_bytes, tmp_path, fit, caplog):
         {"responses": FACTS["responses"].reshape(2, 6)},
         {"seed": 1},
         {"cls_layers": [11]},
+        {"n_folds": 4},
     ],
 )
 def test_the_key_depends_on_everything_that_is_fitted(change):
     assert linear_key(**FACTS) == linear_key(**FACTS)
     assert linear_key(**(FACTS | change)) != linear_key(**FACTS)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"another": LinearEncoder(("cls",))},
+        {"ridge": LinearEncoder(("patches",))},
+        {"ridge": LinearEncoder(("cls", "patches"), alphas=ALPHAS * 2)},
+        {"banded ridge": LinearEncoder(("cls", "patches"), shares=BANDS[:-1])},
+    ],
+)
+def test_the_key_depends_on_what_is_searched(change, monkeypatch):
+    before = linear_key(**FACTS)
+    monkeypatch.setattr(kept, "linear_baselines", lambda *_: linear_baselines() | change)
+    assert linear_key(**FACTS) != before
 
 
 def test_the_key_depends_on_the_solver(monkeypatch):

@@ -1,6 +1,7 @@
 """Predictions files of models of voxels: whose units, in which order, with which rows."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,11 @@ import torch
 from scipy import stats
 
 from chasm.data.splits import training_statistics
+from chasm.errors import ConfigError
 from chasm.evaluation import predicting
 from chasm.evaluation.predicting import predict_test
 from chasm.evaluation.predictions import PredictionFile
-from chasm.evaluation.testing import score_run
+from chasm.evaluation.testing import predict_run, score_run
 from chasm.training.recipes import Recipe
 from chasm.training.runs import fit, load
 
@@ -126,6 +128,38 @@ def test_draws_are_summarised_and_seeded(stage2, stage2_file):
     )
     assert stage2_file.draws.variance.max() > 0
     assert predicting._predict(reading, 0, recipe.seed).draws is None
+
+
+def test_predictions_with_another_number_of_draws_are_not_current(stage2, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(stage2, run)
+    path = run / "predictions.h5"
+    before = path.stat().st_mtime_ns
+    predict_run(run, n_draws=3)
+    assert path.stat().st_mtime_ns == before
+    predict_run(run, n_draws=2)
+    assert PredictionFile.read(path).draws.n == 2
+    predict_run(run, n_draws=1)
+    assert PredictionFile.read(path).draws is None
+    before = path.stat().st_mtime_ns
+    predict_run(run, n_draws=0)
+    assert path.stat().st_mtime_ns == before
+    assert len((run / "test_readings.jsonl").read_text().splitlines()) == 3
+
+
+def test_an_error_of_a_model_that_can_draw_is_not_hidden(stage2, monkeypatch):
+    model, data, recipe = load(stage2)
+    data.setup("test")
+
+    def broken(*_, **__):
+        raise ConfigError("draws", "broken", "Mend it.")
+
+    monkeypatch.setattr(model, "draws", broken)
+    with pytest.raises(ConfigError, match="broken"):
+        predicting._predict(predicting._Reading(model, data), 3, recipe.seed)
+    # Without a latent it is not asked at all.
+    monkeypatch.setattr(model.decoder, "latent", None)
+    assert predicting._predict(predicting._Reading(model, data), 3, recipe.seed).draws is None
 
 
 def test_the_report_of_a_stage_2_compares_it_with_the_stage_before(stage2):

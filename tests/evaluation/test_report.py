@@ -204,16 +204,22 @@ def test_the_page_of_a_stage_2_has_every_section(tmp_path, stage2_file, volume, 
     draws = pd.read_csv(out / "draws.csv")
     np.testing.assert_allclose(draws["ratio"], scores.spreads["ratio"], rtol=1e-5)
     csv = pd.read_csv(out / "scores.csv")
+    facts = {"subject": "subj01", "dataset": "nsd", "simulated": True, "unit": "voxel",
+             "split": "clean", "weights": "weight-free"}  # fmt: skip
+    for frame in (draws, csv):
+        assert list(frame.columns[:6]) == list(facts)
+        assert (frame[list(facts)] == list(facts.values())).all(axis=None)
     lines = csv[csv["kind"] == "difference"]
     assert set(lines["row"]) == {"stage 2 − stage 1, expanded"}
     np.testing.assert_allclose(lines["value"], scores.gains["difference"], rtol=1e-5)
-    assert (csv["dataset"] == "nsd").all()
 
 
 def test_a_report_is_made_again_when_pixels_or_draws_go(tmp_path, stage2_file):
     small = replace(stage2_file, membership={})
     path, out = tmp_path / "predictions.h5", tmp_path / "report"
     evaluate(small.write(path), out, n_boot=0, pixels=pixels_of)
+    (out / "draws.csv").unlink()
+    evaluate(path, out, n_boot=0, pixels=pixels_of)
     assert (out / "draws.csv").is_file()
     assert "image/jpeg" in (out / "report.html").read_text()
     evaluate(path, out, n_boot=0)

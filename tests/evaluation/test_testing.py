@@ -11,7 +11,7 @@ import pytest
 from chasm.errors import ConfigError, DataError
 from chasm.evaluation import testing
 from chasm.evaluation.predictions import PredictionFile
-from chasm.evaluation.testing import report_run, score_run
+from chasm.evaluation.testing import predict_run, report_run, score_run
 from chasm.io import write_json
 from chasm.training.recipes import Recipe
 from chasm.training.runs import fit, load, read_provenance
@@ -121,11 +121,18 @@ def test_own_targets_are_what_training_saw(samples, tested, toy_dataset, tmp_pat
 def test_current_predictions_are_left_as_they_are(run):
     before = (run / "predictions.h5").stat().st_mtime_ns
     score_run(run, n_boot=0)
+    score_run(run, n_boot=0, n_draws=7)  # it has no latent
     assert (run / "predictions.h5").stat().st_mtime_ns == before
     assert readings(run) == 1
     score_run(run, n_boot=0, fresh=True)
     assert (run / "predictions.h5").stat().st_mtime_ns > before
     assert readings(run) == 2
+
+
+def test_a_reading_is_noted_with_the_command_that_asked(run):
+    predict_run(run, fresh=True, by="chasm baselines")
+    lines = (run / "test_readings.jsonl").read_text().splitlines()
+    assert [json.loads(line)["by"] for line in lines] == ["chasm test", "chasm baselines"]
 
 
 def test_an_unfinished_run_is_refused(trained, tmp_path):

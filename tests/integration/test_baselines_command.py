@@ -7,7 +7,7 @@ import pytest
 
 from chasm.cli import main
 from chasm.errors import ChasmError, ConfigError
-from chasm.pipeline_baselines import find_recipes, run_baselines
+from chasm.pipeline_baselines import _check_protocol, find_recipes, run_baselines
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 GRU, SMOKE = EXPERIMENTS / "baselines" / "gru.yaml", EXPERIMENTS / "smoke.yaml"
@@ -124,3 +124,18 @@ def test_bad_arguments_end_in_one_line(given, message, capsys):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert message in error
+
+
+@pytest.mark.parametrize("places", [None, ["paper"]])
+def test_the_recipes_of_the_makefile_share_one_protocol(places, monkeypatch):
+    monkeypatch.chdir(EXPERIMENTS.parent)
+    found = find_recipes(*([[str(EXPERIMENTS / place) for place in places]] if places else []))
+    assert len(found) >= 9
+    _check_protocol([], found)
+
+
+def test_recipes_of_two_protocols_are_refused_before_training(args, folder):
+    mixed = [SMOKE, EXPERIMENTS / "paper" / "stage1.yaml"]
+    with pytest.raises(ConfigError, match=r"data\.backbone is"):
+        run_baselines(args, mixed, n_boot=100)
+    assert not list(folder.glob("runs/*/*/paper-*"))

@@ -1,5 +1,6 @@
 """Stage2Module: built on a trained Stage 1, alone in its checkpoint, resumable."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,12 @@ import torch
 from chasm.errors import ConfigError, DataError
 from chasm.io import sha256_of_file
 from chasm.training import runs
+from chasm.training.base import facts_of
 from chasm.training.callbacks import SeededSteps
 from chasm.training.checkpoints import build_module, describe_module, load_module
 from chasm.training.recipes import Recipe
 from chasm.training.runs import fit, load, stage1_checkpoint
+from chasm.training.stage2 import check_same_data
 
 RECIPE = Path(__file__).parents[2] / "experiments" / "smoke_stage2.yaml"
 JOINT = ["--model.init_args.stage1_training", "joint", "--model.init_args.stage1_rate", "1"]
@@ -21,6 +24,11 @@ JOINT = ["--model.init_args.stage1_training", "joint", "--model.init_args.stage1
 def arguments(toy_dataset, tmp_path):
     return ["-c", str(RECIPE), "--data.dataset_dir", str(toy_dataset),
             "--runs", str(tmp_path / "runs")]  # fmt: skip
+
+
+def stage1_arguments(recipe):
+    return ["-c", str(recipe.stage1), "--runs", recipe.runs,
+            "--data.dataset_dir", str(recipe.make_data().dataset_dir)]  # fmt: skip
 
 
 def state(path):
@@ -133,6 +141,60 @@ def test_a_stage_1_of_other_parcels_is_refused(arguments):
         fit(Recipe([*arguments, "--stage1", str(source), "--data.parcels.size", "10"]))
 
 
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        (["--data.split", "seeded", "--data.split_seed", "5"], "train images are test images"),
+        (["--data.split", "paper"], "train images are test images"),
+    ],
+)
+def test_a_stage_1_that_saw_held_out_images_is_refused(arguments, split, message):
+    recipe = Recipe(arguments)
+    source = fit(Recipe([*stage1_arguments(recipe), *split]))
+    with pytest.raises(ConfigError, match=message):
+        fit(Recipe([*arguments, "--data.split", "seeded", "--stage1", str(source)]))
+
+
+def test_a_stage_1_of_other_data_is_refused(arguments):
+    module = load_module(stage1_checkpoint(Recipe(arguments)))
+    data = Recipe(arguments).make_data()
+    check_same_data(module, data)
+    for key in ("subject", "store", "tokens"):
+        module.trained_on = {**facts_of(data), key: "another"}
+        with pytest.raises(ConfigError, match=f"trained on the {key} another"):
+            check_same_data(module, data)
+
+
+def test_a_recipe_that_names_itself_ends_at_once(arguments, tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text(RECIPE.read_text().replace("stage1: smoke.yaml", "stage1: own.yaml"))
+    with pytest.raises(ConfigError, match=r"own\.yaml is no Stage 1"):
+        fit(Recipe(["-c", str(own), *arguments[2:]]))
+
+
+def test_mixed_precision_leaves_the_closed_form_in_float32(arguments):
+    run = fit(
+        Recipe([*arguments, "--trainer.precision", "bf16-mixed", "--trainer.max_epochs", "1"])
+    )
+    model, data, _ = load(run)
+    batch = data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)
+    with torch.inference_mode():
+        expected = model.linear(batch["cls"], batch["patches"])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(model.linear(batch["cls"], batch["patches"]), expected)
+            assert model(batch).dtype == torch.float32
+
+
+def test_a_finished_run_needs_its_stage_1_no_more(arguments, tmp_path):
+    recipe = tmp_path / "two.yaml"
+    recipe.write_text(RECIPE.read_text())
+    smoke = tmp_path / "smoke.yaml"
+    smoke.write_text(RECIPE.with_name("smoke.yaml").read_text())
+    run = fit(Recipe(["-c", str(recipe), *arguments[2:]]))
+    smoke.unlink()
+    assert load(run)[0].stage1 is not None
+
+
 def test_a_stage_2_without_a_stage_1_says_so(arguments):
     with pytest.raises(ConfigError, match="builds on a trained Stage 1"):
         fit(Recipe([*arguments, "--stage1", "null"]))
@@ -150,5 +212,10 @@ def test_a_description_cannot_name_foreign_code(arguments):
     description["settings"]["decoder"] = {"class_path": "subprocess.Popen", "init_args": {}}
     with pytest.raises(DataError, match=r"subprocess\.Popen"):
         build_module(description)
+    for sly in ("{class_path: antigravity.X}", "antigravity.X", "other.yaml"):
+        description["settings"]["decoder"] = sly
+        with pytest.raises(DataError, match="names"):
+            build_module(description)
+    assert "antigravity" not in sys.modules
     with pytest.raises(DataError, match="sizes"):
         build_module({"settings": {}})
