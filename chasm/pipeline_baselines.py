@@ -32,9 +32,6 @@ DEFAULT_RECIPES = (
 PROTOCOL = ("subject", "backbone", "split", "split_seed", "statistics")
 """Data settings that all recipes of one table share."""
 
-PROTOCOL = ("subject", "dataset_dir", "backbone", "split", "split_seed", "statistics")
-"""Data settings that all recipes of a comparison share."""
-
 FOLDER = "baselines"
 """Where the comparison of a subject's runs is, beside them."""
 
@@ -182,14 +179,17 @@ def _train(
 ) -> dict[str, Path]:
     """Train every recipe; those that build on another one after it. Give their runs."""
     first: dict[str, Recipe] = {}
-    folders: set[Path] = set()
+    labels: dict[Path, str] = {}
+    same: dict[str, str] = {}
     for name, recipe in recipes.items():
         with _noted(name, failed):
             for label, needed in _first(name, recipe).items():
                 folder = run_folder(needed, needed.make_data())
-                if folder not in folders:
-                    folders.add(folder)
+                if folder not in labels:
+                    labels[folder] = label
                     first[label] = needed
+                elif label == name:
+                    same[name] = labels[folder]  # trained already, for a recipe that builds on it
     found = fit_side_by_side(first, jobs, fresh=fresh)
     second = {
         name: recipe
@@ -197,6 +197,7 @@ def _train(
         if recipe.stage1 is not None and name not in failed
     }
     found |= fit_side_by_side(second, jobs, fresh=fresh)
+    found |= {name: found[label] for name, label in same.items()}
     failed |= {
         name: fitted.error
         for name, fitted in found.items()

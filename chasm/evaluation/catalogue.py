@@ -161,7 +161,7 @@ PUBLISHED: tuple[PublishedRow, ...] = (
     PublishedRow(
         "CHASMBrain",
         "pattern correlation",
-        "session-z betas, mean of 3 repeats, subjects 1, 2, 5, 7; best epoch chosen on test",
+        "session-z betas, mean of 3 repeats, subjects 1, 2, 5, 7 (trained: best epoch on test)",
         ".429",
     ),
     PublishedRow("CHASMBrain's DINOv2 probe", "pattern correlation", "the same", ".407"),

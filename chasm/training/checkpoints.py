@@ -37,9 +37,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except (OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
         what = "damaged, or not written by torch.save"
         if isinstance(error, pickle.UnpicklingError):
-            what = "it holds more than tensors and plain types, which would have to be unpickled"
+            what = "it holds more than tensors and plain types"
         raise DataError(
-            path, f"is not a readable checkpoint ({what})", "Name another, or train again with --fresh."
+            path,
+            f"is not a readable checkpoint ({what})",
+            "Name another, or train again with --fresh.",
         ) from error
     if not isinstance(found, dict) or "state_dict" not in found:
         raise DataError(path, "holds no state_dict", "Name a checkpoint that `chasm fit` wrote.")

@@ -139,3 +139,12 @@ def test_recipes_of_two_protocols_are_refused_before_training(args, folder):
     with pytest.raises(ConfigError, match=r"data\.backbone is"):
         run_baselines(args, mixed, n_boot=100)
     assert not list(folder.glob("runs/*/*/paper-*"))
+
+
+def test_a_stage_1_that_others_build_on_keeps_its_own_row(toy_dataset, folder):
+    options = ["--data.dataset_dir", str(toy_dataset), "--runs", str(folder / "runs2"),
+               "--trainer.max_epochs", "1"]  # fmt: skip
+    _, comparison = run_baselines(options, [EXPERIMENTS / "smoke_stage2.yaml", SMOKE], n_boot=100)
+    rows = list(comparison.levels[0].file.rows)
+    assert "stage 1" in rows
+    assert any(row.startswith("stage 2") for row in rows)

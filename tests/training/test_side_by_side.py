@@ -34,15 +34,21 @@ def test_every_recipe_is_trained_and_a_failure_is_named(jobs, recipes, caplog):
     assert seeds == [1, 2]
     assert all(is_finished(found[name].run) for name in ("a%", "b"))
     assert found["bad"].run is None
-    assert found["bad"].error.startswith("trainer.devices: 3: training runs on one device")
+    assert found["bad"].error.startswith("trainer.devices: '3': training runs on one device")
     said = [record.getMessage() for record in caplog.records]
     prefix = {1: "", 2: "b: "}[jobs]
     assert any(line.startswith(f"{prefix}epoch 1 of 1") for line in said)
-    with caplog.at_level(logging.INFO, logger="chasm"):
-        again = fit_side_by_side({name: recipes[name] for name in ("a%", "b")}, jobs)
-    assert again == {name: found[name] for name in ("a%", "b")}
-    said = [record.getMessage() for record in caplog.records]
-    assert any(line.startswith(f"{prefix}run is current") for line in said)
+
+
+def test_current_runs_are_left_as_they_are(recipes):
+    one = {"a%": recipes["a%"]}
+    first = fit_side_by_side(one)
+    checkpoint = first["a%"].run / "checkpoints" / "best.ckpt"
+    written = checkpoint.stat().st_mtime_ns
+    assert fit_side_by_side(one, jobs=2) == first
+    assert checkpoint.stat().st_mtime_ns == written
+    assert fit_side_by_side(one, fresh=True) == first
+    assert checkpoint.stat().st_mtime_ns > written
 
 
 def test_a_process_that_dies_costs_its_recipe_only():
