@@ -55,7 +55,7 @@ def compare(
         If a file cannot be read or is not about the same test images.
     """
     check_resamples(n_boot)
-    runs = read_runs(predictions)
+    runs = read_runs(list(dict.fromkeys(map(Path, predictions))))
     paths = {run.label: run.path.parent / "cost.json" for run in runs}
     trained = {label: read_cost(path) for label, path in paths.items() if path.is_file()}
     joined = [file for file in (join_voxels(runs), join_parcels(runs)) if file is not None]

@@ -153,6 +153,12 @@ def test_runs_of_one_kind_share_its_published_value(folder, voxels, tmp_path):
     assert published["GRU (gru)"] == published["GRU (gru-large)"] == ".237 · .461"
 
 
+def test_a_file_given_twice_counts_once(folder, voxels, tmp_path):
+    paths = folder(gru=voxels)
+    (level,) = compare([*paths, *map(str, paths)], tmp_path / "out", n_boot=0).levels
+    assert [name for name, row in level.file.rows.items() if row.kind == "model"] == ["GRU"]
+
+
 def test_a_level_without_its_runs_is_left_out(folder, voxels, parcels):
     assert join_parcels(read_runs(folder(gru=voxels))) is None
     assert join_voxels(read_runs(folder(stage1=parcels))) is None
