@@ -33,6 +33,8 @@ class Stage2Output(NamedTuple):
 class VoxelDecoder(nn.Module):
     """Base of the models that predict voxels from tokens and parcel values.
 
+    One that can draw has an attribute ``latent`` that is not None.
+
     Parameters
     ----------
     cls_width, n_cls

@@ -218,7 +218,13 @@ def test_a_signal_ends_with_its_status_and_one_line(tiny_recipe, tmp_path, numbe
         "--trainer.max_epochs",
         "999",
     ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # A suite in the background is started with SIGINT ignored, which a child would inherit.
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     runs = tmp_path / "runs"
     deadline = time.monotonic() + 120
     while not list(runs.rglob("last.ckpt")) and time.monotonic() < deadline:
