@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from chasm.errors import ConfigError
-from chasm.models.encoder import check_sizes
-from chasm.models.tokens import TokenNoise, TokenScaler
+from chasm.models.tokens import TokenModel
 from chasm.parcellation import Parcellation
 
 
@@ -30,21 +29,17 @@ class Stage2Output(NamedTuple):
     """(images, 1), factor on the fused prediction."""
 
 
-class VoxelDecoder(nn.Module):
+class VoxelDecoder(TokenModel):
     """Base of the models that predict voxels from tokens and parcel values.
 
     One that can draw has an attribute ``latent`` that is not None.
 
     Parameters
     ----------
-    cls_width, n_cls
-        Width and number of CLS tokens per image (one per backbone layer).
-    patch_width, n_patches
-        Width and number of patch tokens per image.
+    cls_width, n_cls, patch_width, n_patches, token_noise
+        See `TokenModel`.
     parcellation
         Which parcel each voxel belongs to.
-    token_noise
-        Standard deviation of Gaussian noise on the scaled tokens in training.
 
     Raises
     ------
@@ -64,16 +59,8 @@ class VoxelDecoder(nn.Module):
         parcellation: Parcellation,
         token_noise: float = 0.1,
     ) -> None:
-        super().__init__()
-        check_sizes(cls_width=cls_width, n_cls=n_cls, patch_width=patch_width, n_patches=n_patches)
+        super().__init__(cls_width, n_cls, patch_width, n_patches, token_noise)
         self.n_parcels, self.n_voxels = parcellation.n_parcels, parcellation.n_voxels
-        self.cls_scaler = TokenScaler(n_cls, cls_width)
-        self.patch_scaler = TokenScaler(patch_width)
-        self.noise = TokenNoise(token_noise)
-
-    def scaled(self, cls: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Standardise tokens, with noise in training; shapes as in `forward`."""
-        return self.noise(self.cls_scaler(cls)), self.noise(self.patch_scaler(patches))
 
     def forward(
         self,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from chasm.errors import ConfigError
-from chasm.models.tokens import TokenNoise, TokenScaler
+from chasm.models.checks import check_sizes
+from chasm.models.tokens import TokenModel
 
 
 class Stage1Output(NamedTuple):
@@ -29,19 +30,15 @@ class Stage1Output(NamedTuple):
     """(images, d_embedding), for the contrastive loss; not normalised."""
 
 
-class ParcelEncoder(nn.Module):
+class ParcelEncoder(TokenModel):
     """Base of the models that predict parcels from CLS and patch tokens.
 
     Parameters
     ----------
-    cls_width, n_cls
-        Width and number of CLS tokens per image (one per backbone layer).
-    patch_width, n_patches
-        Width and number of patch tokens per image.
+    cls_width, n_cls, patch_width, n_patches, token_noise
+        See `TokenModel`.
     n_parcels
         Parcels to predict.
-    token_noise
-        Standard deviation of Gaussian noise on the scaled tokens in training.
 
     Raises
     ------
@@ -61,22 +58,9 @@ class ParcelEncoder(nn.Module):
         n_parcels: int,
         token_noise: float = 0.1,
     ) -> None:
-        super().__init__()
-        check_sizes(
-            cls_width=cls_width,
-            n_cls=n_cls,
-            patch_width=patch_width,
-            n_patches=n_patches,
-            n_parcels=n_parcels,
-        )
+        super().__init__(cls_width, n_cls, patch_width, n_patches, token_noise)
+        check_sizes(n_parcels=n_parcels)
         self.n_parcels = n_parcels
-        self.cls_scaler = TokenScaler(n_cls, cls_width)
-        self.patch_scaler = TokenScaler(patch_width)
-        self.noise = TokenNoise(token_noise)
-
-    def scaled(self, cls: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Standardise tokens, with noise in training; shapes as in `forward`."""
-        return self.noise(self.cls_scaler(cls)), self.noise(self.patch_scaler(patches))
 
     def forward(self, cls: Tensor, patches: Tensor) -> Stage1Output:
         """Predict a batch.
@@ -103,17 +87,3 @@ class ParcelEncoder(nn.Module):
             f"{type(self).__name__} has no contrastive heads",
             "Set the weight to 0.",
         )
-
-
-def check_sizes(**sizes: int) -> None:
-    """Raise a ConfigError that names the first size below 1."""
-    for name, size in sizes.items():
-        if size < 1:
-            raise ConfigError(f"model:{name}", f"found {size}", "Use a size of 1 or above.")
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise a ConfigError that names the option and its choices if `value` is none of them."""
-    if value not in choices:
-        listed = ", ".join(choices)
-        raise ConfigError(f"model:{name}", f"found {value!r}", f"Use one of: {listed}.")

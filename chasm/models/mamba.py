@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from chasm.models.checks import check_choice
 from chasm.models.scan import optional_module, resolve_backend, selective_scan
+
+Direction = Literal["forward", "alternate"]
+"""Of a stack of blocks, see `mamba_blocks`."""
 
 
 class Mamba(nn.Module):
@@ -219,3 +223,32 @@ class ResidualMamba(nn.Module):
         if self.clamp is not None:
             branch = branch.clamp(-self.clamp, self.clamp)
         return x + self.dropout(branch)
+
+
+def mamba_blocks(
+    count: int, d_model: int, *, direction: Direction = "forward", **options: Any
+) -> list[ResidualMamba]:
+    """Make residual Mamba blocks, to be used in order.
+
+    Parameters
+    ----------
+    count
+        Number of blocks.
+    d_model
+        Width of the tokens.
+    direction
+        "forward", or "alternate": every second block runs from the last token to the first.
+    **options
+        Of every `ResidualMamba`.
+
+    Raises
+    ------
+    ConfigError
+        If `direction` is unknown.
+    """
+    check_choice("direction", direction, ("forward", "alternate"))
+    backward = direction == "alternate"
+    return [
+        ResidualMamba(d_model, reverse=backward and number % 2 == 1, **options)
+        for number in range(count)
+    ]

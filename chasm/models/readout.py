@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
+
+Readout = Literal["pooled", "spatial"]
+"""Mean over the patches, or a `SpatialReadout` of them."""
 
 
 class SpatialReadout(nn.Module):

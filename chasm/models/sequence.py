@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
-from chasm.models.encoder import ParcelEncoder, Stage1Output, check_choice, check_sizes
-from chasm.models.readout import SpatialReadout
-
-Readout = Literal["pooled", "spatial"]
+from chasm.models.checks import check_choice, check_sizes
+from chasm.models.encoder import ParcelEncoder, Stage1Output
+from chasm.models.readout import Readout, SpatialReadout
 
 
 class TokenSequence(nn.Module):

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from chasm.models.encoder import ParcelEncoder, Stage1Output, check_choice, check_sizes
-from chasm.models.mamba import ResidualMamba
-from chasm.models.readout import SpatialReadout
+from chasm.models.checks import check_choice, check_sizes
+from chasm.models.encoder import ParcelEncoder, Stage1Output
+from chasm.models.mamba import Direction, ResidualMamba, mamba_blocks
+from chasm.models.readout import Readout, SpatialReadout
 
 GateKind = Literal["image", "parcel"]
-Direction = Literal["forward", "alternate"]
-Readout = Literal["pooled", "spatial"]
 
 
 class GlobalStream(nn.Module):
@@ -240,28 +240,21 @@ class DualStreamEncoder(ParcelEncoder):
         super().__init__(cls_width, n_cls, patch_width, n_patches, n_parcels, token_noise)
         check_sizes(d_model=d_model)
         check_choice("gate", gate, ("image", "parcel"))
-        check_choice("direction", direction, ("forward", "alternate"))
         check_choice("readout", readout, ("pooled", "spatial"))
-
-        def blocks(count: int, alternate: bool) -> list[ResidualMamba]:
-            return [
-                ResidualMamba(
-                    d_model,
-                    d_state,
-                    d_conv,
-                    expand,
-                    dropout=dropout,
-                    norm=block_norm,
-                    clamp=residual_clamp,
-                    reverse=alternate and number % 2 == 1,
-                    full_precision=full_precision,
-                    scan=scan,
-                )
-                for number in range(count)
-            ]
-
+        blocks = partial(
+            mamba_blocks,
+            d_model=d_model,
+            d_state=d_state,
+            d_conv=d_conv,
+            expand=expand,
+            dropout=dropout,
+            norm=block_norm,
+            clamp=residual_clamp,
+            full_precision=full_precision,
+            scan=scan,
+        )
         self.global_stream = GlobalStream(
-            cls_width, n_parcels, d_model, blocks(global_blocks, False), dropout
+            cls_width, n_parcels, d_model, blocks(global_blocks), dropout
         )
         self.local_stream = LocalStream(
             patch_width,
@@ -269,7 +262,7 @@ class DualStreamEncoder(ParcelEncoder):
             n_parcels,
             d_model,
             d_head,
-            blocks(local_blocks, direction == "alternate"),
+            blocks(local_blocks, direction=direction),
             dropout,
             readout,
         )

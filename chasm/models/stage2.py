@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from chasm.errors import ConfigError
+from chasm.models.checks import check_choice, check_sizes
 from chasm.models.decoder import Stage2Output, VoxelDecoder
-from chasm.models.encoder import check_choice, check_sizes
 from chasm.models.latent import Latent, sample
-from chasm.models.mamba import ResidualMamba
+from chasm.models.mamba import Direction, ResidualMamba, mamba_blocks
 from chasm.models.voxel_heads import Amplitude, ResidualDecoder, holistic_head
 from chasm.parcellation import Parcellation
 
 Head = Literal["dense", "low_rank", "query", "none"]
-Direction = Literal["forward", "alternate"]
 
 
 class VisualToken(nn.Module):
@@ -179,7 +179,6 @@ class MambaVAE(VoxelDecoder):
         check_sizes(d_model=d_model, d_patch=d_patch, n_queries=n_queries, rank=rank)
         check_sizes(d_variational=d_variational, d_hidden=d_hidden, d_residual=d_residual)
         check_sizes(d_amplitude=d_amplitude)
-        check_choice("direction", direction, ("forward", "alternate"))
         check_choice("head", head, ("dense", "low_rank", "query", "none"))
         for name, count in {"encoder_blocks": encoder_blocks, "decoder_blocks": decoder_blocks,
                             "d_latent": d_latent}.items():  # fmt: skip
@@ -191,39 +190,31 @@ class MambaVAE(VoxelDecoder):
                 'found false next to head "none", which leaves no decoder',
                 "Keep one of the two.",
             )
-
-        def blocks(count: int, alternate: bool) -> list[ResidualMamba]:
-            return [
-                ResidualMamba(
-                    d_model,
-                    d_state,
-                    d_conv,
-                    expand,
-                    dropout=dropout,
-                    norm=block_norm,
-                    clamp=residual_clamp,
-                    reverse=alternate and number % 2 == 1,
-                    full_precision=full_precision,
-                    scan=scan,
-                )
-                for number in range(count)
-            ]
-
+        blocks = partial(
+            mamba_blocks,
+            d_model=d_model,
+            d_state=d_state,
+            d_conv=d_conv,
+            expand=expand,
+            dropout=dropout,
+            norm=block_norm,
+            clamp=residual_clamp,
+            full_precision=full_precision,
+            scan=scan,
+        )
         self.visual = VisualToken(cls_width, n_cls, patch_width, d_patch, d_model)
         self.value = nn.Linear(1, d_model)
         self.position = nn.Parameter(torch.empty(self.n_parcels, d_model))
         nn.init.trunc_normal_(self.position, std=0.02)
         self.norm = nn.LayerNorm(d_model)
-        self.blocks = nn.Sequential(*blocks(encoder_blocks, direction == "alternate"))
+        self.blocks = nn.Sequential(*blocks(encoder_blocks, direction=direction))
         self.latent = Latent(d_model, d_variational, d_latent) if d_latent else None
         if self.latent is None:
             self.title = "stage 2 (without VAE)"
         self.holistic: HolisticDecoder | None = None
         if head != "none":
             voxels = holistic_head(head, n_queries, d_model, self.n_voxels, d_hidden, rank, dropout)
-            self.holistic = HolisticDecoder(
-                n_queries, d_model, blocks(decoder_blocks, False), voxels
-            )
+            self.holistic = HolisticDecoder(n_queries, d_model, blocks(decoder_blocks), voxels)
         self.residual: ResidualDecoder | None = None
         if residual:
             self.residual = ResidualDecoder(parcellation, d_model, d_residual, dropout, mix_parcels)

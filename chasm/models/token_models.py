@@ -11,11 +11,10 @@ from typing import Literal
 from torch import Tensor, nn
 
 from chasm.errors import ConfigError
-from chasm.models.encoder import check_choice, check_sizes
-from chasm.models.mamba import ResidualMamba
-from chasm.models.sequence import Readout, SequenceEncoder
-
-Direction = Literal["forward", "alternate"]
+from chasm.models.checks import check_choice, check_sizes
+from chasm.models.mamba import Direction, mamba_blocks
+from chasm.models.readout import Readout
+from chasm.models.sequence import SequenceEncoder
 
 
 class MLPEncoder(SequenceEncoder):
@@ -196,22 +195,19 @@ class OneStreamMamba(SequenceEncoder):
             d_model, d_head, dropout, token_noise, readout,
         )  # fmt: skip
         check_sizes(blocks=blocks, d_state=d_state, d_conv=d_conv, expand=expand)
-        check_choice("direction", direction, ("forward", "alternate"))
         self.blocks = nn.Sequential(
-            *(
-                ResidualMamba(
-                    d_model,
-                    d_state,
-                    d_conv,
-                    expand,
-                    dropout=dropout,
-                    norm=block_norm,
-                    clamp=residual_clamp,
-                    reverse=direction == "alternate" and number % 2 == 1,
-                    full_precision=full_precision,
-                    scan=scan,
-                )
-                for number in range(blocks)
+            *mamba_blocks(
+                blocks,
+                d_model,
+                direction=direction,
+                d_state=d_state,
+                d_conv=d_conv,
+                expand=expand,
+                dropout=dropout,
+                norm=block_norm,
+                clamp=residual_clamp,
+                full_precision=full_precision,
+                scan=scan,
             )
         )
 

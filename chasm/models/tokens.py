@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from chasm.errors import ConfigError
+from chasm.models.checks import check_sizes
 
 
 class TokenScaler(nn.Module):
@@ -67,3 +68,35 @@ class TokenNoise(nn.Module):
         if not self.training or self.std == 0:
             return tokens
         return tokens + self.std * torch.randn_like(tokens)
+
+
+class TokenModel(nn.Module):
+    """Base of the models that read CLS and patch tokens: scaling, and noise in training.
+
+    Parameters
+    ----------
+    cls_width, n_cls
+        Width and number of CLS tokens per image (one per backbone layer).
+    patch_width, n_patches
+        Width and number of patch tokens per image.
+    token_noise
+        Standard deviation of Gaussian noise on the scaled tokens in training.
+
+    Raises
+    ------
+    ConfigError
+        If a size is below 1.
+    """
+
+    def __init__(
+        self, cls_width: int, n_cls: int, patch_width: int, n_patches: int, token_noise: float
+    ) -> None:
+        super().__init__()
+        check_sizes(cls_width=cls_width, n_cls=n_cls, patch_width=patch_width, n_patches=n_patches)
+        self.cls_scaler = TokenScaler(n_cls, cls_width)
+        self.patch_scaler = TokenScaler(patch_width)
+        self.noise = TokenNoise(token_noise)
+
+    def scaled(self, cls: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Standardise (images, n_cls, width) and (images, patches, width); noise in training."""
+        return self.noise(self.cls_scaler(cls)), self.noise(self.patch_scaler(patches))

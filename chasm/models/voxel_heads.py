@@ -141,26 +141,9 @@ class ResidualDecoder(nn.Module):
         self.mixing = nn.Linear(parcellation.n_parcels, parcellation.n_voxels) if mix else None
         if self.mixing is not None:
             own = torch.eye(parcellation.n_parcels, device=parcellation.labels.device)
-            self.set_mixing(parcellation.expand(own).T, torch.zeros(parcellation.n_voxels))
-
-    @torch.no_grad()
-    def set_mixing(self, weight: Tensor, bias: Tensor) -> None:
-        """Use these weights (voxels, parcels) and biases (voxels,), e.g. of a ridge regression.
-
-        Raises
-        ------
-        ConfigError
-            If the decoder does not mix parcels, or a shape is wrong.
-        """
-        if self.mixing is None or weight.shape != self.mixing.weight.shape:
-            expected = None if self.mixing is None else tuple(self.mixing.weight.shape)
-            raise ConfigError(
-                "model:mix_parcels",
-                f"weights have shape {tuple(weight.shape)}, the decoder takes {expected}",
-                "Use mix_parcels and the parcellation of the weights.",
-            )
-        self.mixing.weight.copy_(weight)
-        self.mixing.bias.copy_(bias)
+            with torch.no_grad():
+                self.mixing.weight.copy_(parcellation.expand(own).T)
+            nn.init.zeros_(self.mixing.bias)
 
     def forward(self, visual: Tensor, tokens: Tensor, parcels: Tensor) -> Tensor:
         """Predict voxels.

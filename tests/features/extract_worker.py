@@ -1,6 +1,9 @@
 """Images and backbones of the cache tests; run as a script it extracts in its own process.
 
-Usage: extract_worker.py ROOT LOG KIND FIRST LAST
+Usage: extract_worker.py ROOT LOG KIND FIRST LAST TOGETHER
+
+TOGETHER processes that share LOG go on only when each of them has images in hand, however long
+one of them took to start.
 """
 
 import os
@@ -22,8 +25,8 @@ class Images:
 
     fingerprint = "test-images"
 
-    def __init__(self, log=None):
-        self.log = log
+    def __init__(self, log=None, together=1):
+        self.log, self.together = log, together
 
     def __len__(self):
         return N_IMAGES
@@ -32,10 +35,20 @@ class Images:
         if self.log is not None:
             with Path(self.log).open("a") as stream:
                 stream.write("".join(f"{os.getpid()} {i}\n" for i in image_ids))
+            self._wait_for_the_others()
         return [
             np.random.default_rng(int(i)).integers(0, 256, (32, 32, 3), dtype=np.uint8)
             for i in image_ids
         ]
+
+    def _wait_for_the_others(self):
+        deadline = time.monotonic() + 60
+        while (
+            len({line.split()[0] for line in Path(self.log).read_text().splitlines()})
+            < self.together
+        ):
+            assert time.monotonic() < deadline, "the other process has read no image"
+            time.sleep(0.005)
 
 
 class TinyBackbone(Backbone):
@@ -66,9 +79,10 @@ def vit():
 
 
 if __name__ == "__main__":
-    root, log, kind, first, last = sys.argv[1:]
+    root, log, kind, first, last, together = sys.argv[1:]
     torch.set_num_threads(1)
     extraction.BLOCK_ROWS, extraction.PIXEL_SAMPLE = 16, 0  # reads of the log are computations
     backbone = vit() if kind == "vit" else TinyBackbone(pause=0.03)
     ids = np.arange(int(first), int(last))
-    extraction.extract(Images(log), backbone, ids, Path(root), batch_size=8).verify(ids)
+    images = Images(log, int(together))
+    extraction.extract(images, backbone, ids, Path(root), batch_size=8).verify(ids)
