@@ -186,7 +186,7 @@ class Encoder:
         self, names: list[str], pixels: list[np.ndarray], draws: int, parcels: bool, seed: int
     ) -> Prediction:
         batch = self._tokens(names, pixels)
-        own = self.module.predict(batch)
+        own = self.module(batch)
         return Prediction(
             names,
             _numbers(self._voxels(own)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -83,6 +84,25 @@ class VoxelDecoder(TokenModel):
             Of a latent's samples in training; torch's own where None. In eval mode the latent
             is its mean.
         """
+        return self.from_streams(self.streams(cls, patches), parcels, generator)
+
+    def streams(self, cls: Tensor, patches: Tensor) -> dict[str, Tensor]:
+        """Compute what depends on one kind of token alone, by site; nothing where none is read.
+
+        Parameters
+        ----------
+        cls, patches
+            As in `forward`.
+        """
+        return {}
+
+    def from_streams(
+        self,
+        streams: Mapping[str, Tensor],
+        parcels: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> Stage2Output:
+        """Predict a batch from what `streams` gave; see `forward`."""
         raise NotImplementedError
 
     def draws(

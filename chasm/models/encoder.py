@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -49,6 +50,9 @@ class ParcelEncoder(TokenModel):
     title = "stage 1"
     """Name of the row in tables."""
 
+    separable = False
+    """Whether the global and the local stream are separate until they are fused."""
+
     def __init__(
         self,
         cls_width: int,
@@ -72,6 +76,20 @@ class ParcelEncoder(TokenModel):
         patches
             (images, n_patches, patch_width), any floating dtype.
         """
+        return self.from_streams(self.streams(cls, patches))
+
+    def streams(self, cls: Tensor, patches: Tensor) -> dict[str, Tensor]:
+        """Compute what depends on one stream alone, by site; here nothing: the tokens themselves.
+
+        Parameters
+        ----------
+        cls, patches
+            As in `forward`.
+        """
+        return {"features.cls": cls, "features.patches": patches}
+
+    def from_streams(self, streams: Mapping[str, Tensor]) -> Stage1Output:
+        """Predict a batch from what `streams` gave."""
         raise NotImplementedError
 
     def embed_parcels(self, parcels: Tensor) -> Tensor:

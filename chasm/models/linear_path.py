@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from chasm.errors import ConfigError
+from chasm.models.sites import Site
 
 
 class SpacePath(nn.Module):
@@ -47,6 +50,8 @@ class LinearPath(nn.Module):
         Units read at most this many principal components of each space, which they share;
         None reads the features themselves. 256 patches of width 768 are 196,608 features: with
         15,724 voxels that is 3.1 G weights, and 217 M at rank 1024.
+    name
+        Beginning of the names of its two sites.
 
     Attributes
     ----------
@@ -57,7 +62,12 @@ class LinearPath(nn.Module):
     bias: Tensor
 
     def __init__(
-        self, n_cls_features: int, n_patch_features: int, n_units: int, rank: int | None = None
+        self,
+        n_cls_features: int,
+        n_patch_features: int,
+        n_units: int,
+        rank: int | None = None,
+        name: str = "linear",
     ) -> None:
         super().__init__()
         if rank is not None and rank < 1:
@@ -65,6 +75,8 @@ class LinearPath(nn.Module):
         self.rank = rank
         self.cls = SpacePath(n_cls_features, n_units, rank)
         self.patches = SpacePath(n_patch_features, n_units, rank)
+        self.cls_site = Site(f"{name}.cls", "global")
+        self.patches_site = Site(f"{name}.patches", "local")
         self.bias = nn.Parameter(torch.zeros(n_units))
         self.register_buffer("fitted", torch.tensor(False))
         self.requires_grad_(False)
@@ -90,8 +102,17 @@ class LinearPath(nn.Module):
 
     def forward(self, cls: Tensor, patches: Tensor) -> Tensor:
         """Predict (images, units); see `parts` for the tokens."""
+        return self.from_streams(self.streams(cls, patches))
+
+    def streams(self, cls: Tensor, patches: Tensor) -> dict[str, Tensor]:
+        """Give `parts` by the names of their sites."""
         of_cls, of_patches = self.parts(cls, patches)
-        return self.bias + of_cls + of_patches
+        return {self.cls_site.name: of_cls, self.patches_site.name: of_patches}
+
+    def from_streams(self, streams: Mapping[str, Tensor]) -> Tensor:
+        """Predict (images, units) from what `streams` gave."""
+        of_cls = self.cls_site(streams[self.cls_site.name])
+        return self.bias + of_cls + self.patches_site(streams[self.patches_site.name])
 
 
 def best_share(target: Tensor, network: Tensor, linear: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from chasm.models.encoder import Stage1Output
 from chasm.models.stage1 import DualStreamEncoder
 
 
@@ -76,24 +75,13 @@ class PublishedEncoder(DualStreamEncoder):
         self.contrastive.visual = _projection(d_model + d_model // 2, d_embedding)
         self.contrastive.response = _projection(n_parcels, d_embedding)
 
-    def forward(self, cls: Tensor, patches: Tensor) -> Stage1Output:
-        """Predict a batch; see `DualStreamEncoder.forward`."""
-        cls, patches = self.scaled(cls, patches)
-        global_features, global_parcels = self.global_stream(cls)
-        local_features, local_parcels = self.local_stream(patches)
+    def fuse(self, global_features: Tensor, local_features: Tensor) -> tuple[Tensor, Tensor]:
+        """Give the gate and the visual embedding; see `DualStreamEncoder.fuse`."""
         norm, linear, gelu, *_ = self.local_stream.head.children()
         hidden = gelu(linear(norm(local_features)))
         padding = local_features.shape[-1] - hidden.shape[-1]
-        gate = self.gate(global_features, F.pad(hidden, (0, padding)))
-        return Stage1Output(
-            gate[..., 0] * global_parcels + gate[..., 1] * local_parcels,
-            global_parcels,
-            local_parcels,
-            gate,
-            global_features,
-            local_features,
-            self.contrastive.visual(torch.cat([global_features, hidden], dim=-1)),
-        )
+        gate = self.gate_site(self.gate(global_features, F.pad(hidden, (0, padding))))
+        return gate, self.contrastive.visual(torch.cat([global_features, hidden], dim=-1))
 
 
 def _projection(width: int, d_embedding: int) -> nn.Sequential:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -139,8 +141,9 @@ class SequenceEncoder(ParcelEncoder):
         """Map (images, tokens, d_model) to the same shape."""
         raise NotImplementedError
 
-    def forward(self, cls: Tensor, patches: Tensor) -> Stage1Output:
+    def from_streams(self, streams: Mapping[str, Tensor]) -> Stage1Output:
         """Predict a batch; see `ParcelEncoder.forward`."""
-        tokens = self.mix(self.embedding(*self.scaled(cls, patches)))
+        scaled = self.scaled(streams["features.cls"], streams["features.patches"])
+        tokens = self.mix(self.embedding(*scaled))
         features, parcels = self.readout(tokens)
         return Stage1Output(parcels, local_features=features)

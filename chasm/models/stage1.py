@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Literal
 
@@ -12,6 +13,7 @@ from chasm.models.checks import check_choice, check_sizes
 from chasm.models.encoder import ParcelEncoder, Stage1Output
 from chasm.models.mamba import Direction, ResidualMamba, mamba_blocks
 from chasm.models.readout import Readout, SpatialReadout
+from chasm.models.sites import Site
 
 GateKind = Literal["image", "parcel"]
 
@@ -47,10 +49,10 @@ class GlobalStream(nn.Module):
             nn.LayerNorm(d_model), nn.Dropout(dropout), nn.Linear(d_model, n_parcels)
         )
 
-    def forward(self, cls: Tensor) -> tuple[Tensor, Tensor]:
-        """Map (images, layers, width) to features (images, d_model) and (images, parcels)."""
-        features = self.blocks(self.norm(self.projection(cls))).mean(1)
-        return features, self.head(features)
+    def forward(self, cls: Tensor) -> Tensor:
+        """Map (images, layers, width) to the (images, d_model) that the head reads."""
+        features: Tensor = self.blocks(self.norm(self.projection(cls))).mean(1)
+        return features
 
 
 class LocalStream(nn.Module):
@@ -107,11 +109,20 @@ class LocalStream(nn.Module):
             nn.Linear(d_hidden, n_parcels),
         )
 
-    def forward(self, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Map (images, patches, width) to features (images, d_model) and (images, parcels)."""
-        tokens = self.blocks(self.norm(self.projection(patches) + self.position))
-        features = tokens.mean(1)
-        return features, self.head(tokens if self.readout == "spatial" else features)
+    def forward(self, patches: Tensor) -> Tensor:
+        """Map (images, patches, width) to what the head reads.
+
+        Returns
+        -------
+        Tensor
+            (images, d_model), or with a spatial readout (images, patches, d_model).
+        """
+        tokens: Tensor = self.blocks(self.norm(self.projection(patches) + self.position))
+        return tokens if self.readout == "spatial" else tokens.mean(1)
+
+    def pool(self, features: Tensor) -> Tensor:
+        """Pool what the head reads to (images, d_model)."""
+        return features.mean(1) if self.readout == "spatial" else features
 
 
 class FusionGate(nn.Module):
@@ -267,39 +278,48 @@ class DualStreamEncoder(ParcelEncoder):
             readout,
         )
         self.gate = FusionGate(d_model, 1 if gate == "image" else n_parcels, d_gate)
+        self.global_site = Site("global.out", "global")
+        self.local_site = Site("local.out", "local")
+        self.gate_site = Site("gate")
         self.contrastive = ContrastiveHeads(d_model, n_parcels, d_contrast, d_embedding)
 
-    def forward(self, cls: Tensor, patches: Tensor) -> Stage1Output:
-        """Predict a batch.
+    separable = True
 
-        Parameters
-        ----------
-        cls
-            (images, n_cls, cls_width), any floating dtype.
-        patches
-            (images, n_patches, patch_width), any floating dtype.
+    def streams(self, cls: Tensor, patches: Tensor) -> dict[str, Tensor]:
+        """Give what each stream's head reads; see `ParcelEncoder.streams`."""
+        cls, patches = self.scaled(cls, patches)
+        return {"global.out": self.global_stream(cls), "local.out": self.local_stream(patches)}
+
+    def from_streams(self, streams: Mapping[str, Tensor]) -> Stage1Output:
+        """Predict a batch from the two streams.
 
         Returns
         -------
         Stage1Output
             The prediction ``gate[..., 0] * global + gate[..., 1] * local`` and its parts.
         """
-        cls, patches = self.scaled(cls, patches)
-        global_features, global_parcels = self.global_stream(cls)
-        local_features, local_parcels = self.local_stream(patches)
-        gate = self.gate(global_features, local_features)
-        parcels = gate[..., 0] * global_parcels + gate[..., 1] * local_parcels
-        share = gate.mean(1)
-        fused = share[:, :1] * global_features + share[:, 1:] * local_features
+        global_features = self.global_site(streams["global.out"])
+        local_read = self.local_site(streams["local.out"])
+        local_features = self.local_stream.pool(local_read)
+        global_parcels = self.global_stream.head(global_features)
+        local_parcels = self.local_stream.head(local_read)
+        gate, visual = self.fuse(global_features, local_features)
         return Stage1Output(
-            parcels,
+            gate[..., 0] * global_parcels + gate[..., 1] * local_parcels,
             global_parcels,
             local_parcels,
             gate,
             global_features,
             local_features,
-            self.contrastive.visual(fused),
+            visual,
         )
+
+    def fuse(self, global_features: Tensor, local_features: Tensor) -> tuple[Tensor, Tensor]:
+        """Give the gate and the visual embedding of two (images, d_model)."""
+        gate = self.gate_site(self.gate(global_features, local_features))
+        share = gate.mean(1)
+        fused = share[:, :1] * global_features + share[:, 1:] * local_features
+        return gate, self.contrastive.visual(fused)
 
     def embed_parcels(self, parcels: Tensor) -> Tensor:
         """Embed true parcel vectors (images, parcels) as (images, d_embedding)."""

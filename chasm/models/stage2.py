@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Literal
 
@@ -13,6 +14,7 @@ from chasm.models.checks import check_choice, check_sizes
 from chasm.models.decoder import Stage2Output, VoxelDecoder
 from chasm.models.latent import Latent, sample
 from chasm.models.mamba import Direction, ResidualMamba, mamba_blocks
+from chasm.models.sites import Site
 from chasm.models.voxel_heads import Amplitude, ResidualDecoder, holistic_head
 from chasm.parcellation import Parcellation
 
@@ -38,11 +40,26 @@ class VisualToken(nn.Module):
         super().__init__()
         self.pool = nn.Sequential(nn.Linear(patch_width, d_patch), nn.LayerNorm(d_patch), nn.GELU())
         self.projection = nn.Linear(n_cls * cls_width + d_patch, d_model)
+        self.cls_site = Site("stage2.cls", "global")
+        self.patches_site = Site("stage2.patches", "local")
+        self.site = Site("stage2.visual")
 
-    def forward(self, cls: Tensor, patches: Tensor) -> Tensor:
-        """Map (images, n_cls, width) and (images, patches, width) to (images, d_model)."""
-        joint = torch.cat([cls.flatten(1), self.pool(patches.mean(1))], dim=-1)
-        token: Tensor = self.projection(joint)
+    def streams(self, cls: Tensor, patches: Tensor) -> dict[str, Tensor]:
+        """Give both parts of the token before they are joined, by site.
+
+        Parameters
+        ----------
+        cls, patches
+            (images, n_cls, width) and (images, patches, width), scaled.
+        """
+        pooled = self.pool(patches.mean(1))
+        return {self.cls_site.name: cls.flatten(1), self.patches_site.name: pooled}
+
+    def forward(self, streams: Mapping[str, Tensor]) -> Tensor:
+        """Join what `streams` gave to (images, d_model)."""
+        cls = self.cls_site(streams[self.cls_site.name])
+        pooled = self.patches_site(streams[self.patches_site.name])
+        token: Tensor = self.site(self.projection(torch.cat([cls, pooled], dim=-1)))
         return token
 
 
@@ -223,16 +240,22 @@ class MambaVAE(VoxelDecoder):
         self.amplitude: Amplitude | None = None
         if amplitude:
             self.amplitude = Amplitude(d_model, d_amplitude, amplitude_bound)
+        self.latent_site = Site("stage2.latent")
+        self.holistic_site = Site("stage2.holistic")
+        self.residual_site = Site("stage2.residual")
 
-    def forward(
+    def streams(self, cls: Tensor, patches: Tensor) -> dict[str, Tensor]:
+        """Give the parts of the visual token; see `VoxelDecoder.streams`."""
+        return self.visual.streams(*self.scaled(cls, patches))
+
+    def from_streams(
         self,
-        cls: Tensor,
-        patches: Tensor,
+        streams: Mapping[str, Tensor],
         parcels: Tensor,
         generator: torch.Generator | None = None,
     ) -> Stage2Output:
-        """Predict a batch; see `VoxelDecoder.forward`."""
-        tokens = self.encode(cls, patches, parcels)
+        """Predict a batch from what `streams` gave; see `VoxelDecoder.forward`."""
+        tokens = self.encode(streams, parcels)
         if self.latent is None:
             return self.decode(tokens, parcels)
         mean, log_variance = self.latent(tokens.mean(1))
@@ -256,7 +279,7 @@ class MambaVAE(VoxelDecoder):
         for name, count in {"n": n, "chunk": chunk}.items():
             if count < 1:
                 raise ConfigError(f"draws:{name}", f"found {count}", "Use 1 or above.")
-        tokens = self.encode(cls, patches, parcels)
+        tokens = self.encode(self.streams(cls, patches), parcels)
         mean, log_variance = self.latent(tokens.mean(1))
         z = sample(mean, log_variance, generator, n).flatten(0, 1)
         image = torch.arange(len(tokens), device=tokens.device).repeat(n)
@@ -266,9 +289,9 @@ class MambaVAE(VoxelDecoder):
         ]
         return torch.cat(decoded).unflatten(0, (n, -1))
 
-    def encode(self, cls: Tensor, patches: Tensor, parcels: Tensor) -> Tensor:
+    def encode(self, streams: Mapping[str, Tensor], parcels: Tensor) -> Tensor:
         """Give the tokens before the latent: (images, 1 + parcels, d_model), visual one first."""
-        visual = self.visual(*self.scaled(cls, patches))
+        visual = self.visual(streams)
         values = self.value(parcels.unsqueeze(-1)) + self.position
         tokens: Tensor = self.blocks(self.norm(torch.cat([visual.unsqueeze(1), values], dim=1)))
         return tokens
@@ -276,16 +299,16 @@ class MambaVAE(VoxelDecoder):
     def inject(self, tokens: Tensor, z: Tensor) -> Tensor:
         """Add the projected latent (images, d_latent) to every token."""
         assert self.latent is not None
-        return tokens + self.latent.projection(z).unsqueeze(1)
+        return tokens + self.latent.projection(self.latent_site(z)).unsqueeze(1)
 
     def decode(self, tokens: Tensor, parcels: Tensor) -> Stage2Output:
         """Predict voxels from tokens (images, 1 + parcels, d_model) and parcel values."""
         visual = tokens[:, 0]
         holistic = residual = amplitude = None
         if self.holistic is not None:
-            voxels = holistic = self.holistic(tokens)
+            voxels = holistic = self.holistic_site(self.holistic(tokens))
         if self.residual is not None:
-            voxels = residual = self.residual(visual, tokens[:, 1:], parcels)
+            voxels = residual = self.residual_site(self.residual(visual, tokens[:, 1:], parcels))
         if holistic is not None and residual is not None:
             share = self.fusion.sigmoid()
             voxels = share * holistic + (1 - share) * residual
@@ -343,12 +366,11 @@ class MLPDecoder(VoxelDecoder):
             nn.Linear(d_hidden, self.n_voxels),
         )
 
-    def forward(
+    def from_streams(
         self,
-        cls: Tensor,
-        patches: Tensor,
+        streams: Mapping[str, Tensor],
         parcels: Tensor,
         generator: torch.Generator | None = None,
     ) -> Stage2Output:
-        """Predict a batch; see `VoxelDecoder.forward`."""
+        """Predict a batch from parcels alone; see `VoxelDecoder.forward`."""
         return Stage2Output(self.layers(parcels))

@@ -6,6 +6,7 @@ a recipe never holds them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from chasm.data.datamodule import DataSizes, NSDDataModule, TokenStatistics
 from chasm.errors import ConfigError
 from chasm.metrics import EncodingMetrics
 from chasm.models.linear_path import LinearPath, best_share
+from chasm.models.sites import Site
 from chasm.models.tokens import TokenScaler
 from chasm.parcellation import Aggregation, Parcellation
 from chasm.training.closed_form import fit_linear_path
@@ -72,6 +74,9 @@ class EncodingModule(L.LightningModule):
     needs_stage1 = False
     """Whether it builds on a trained Stage 1."""
 
+    linear_name = "linear"
+    """Beginning of the names of the closed form's sites."""
+
     share: Tensor
 
     def __init__(
@@ -95,6 +100,7 @@ class EncodingModule(L.LightningModule):
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.warmup, self.schedule = warmup, schedule
         self.linear: LinearPath | None = None
+        self.cls_site, self.patches_site = Site("features.cls"), Site("features.patches")
         self.parcellation: Parcellation | None = None
         self.sizes: DataSizes | None = None
         self.recipe_settings: dict[str, Any] | None = None
@@ -119,6 +125,19 @@ class EncodingModule(L.LightningModule):
 
     def network(self, batch: Batch) -> Tensor:
         """Predict (images, units) by the trained network, without the closed form."""
+        return self.network_from_streams(self.network_streams(batch))
+
+    def network_streams(self, batch: Batch) -> dict[str, Tensor]:
+        """Compute what the network needs of the tokens and depends on one stream alone, by site."""
+        raise NotImplementedError
+
+    def network_from_streams(self, streams: Mapping[str, Tensor]) -> Tensor:
+        """Predict (images, units) by the network from what `network_streams` gave."""
+        raise NotImplementedError
+
+    @property
+    def separable(self) -> bool:
+        """Whether the global and the local stream are separate until they are fused."""
         raise NotImplementedError
 
     def make_network(self, sizes: DataSizes, parcellation: Parcellation) -> None:
@@ -135,12 +154,23 @@ class EncodingModule(L.LightningModule):
         """Make all parts for these sizes; called once, by a fit or by loading a checkpoint."""
         self.sizes, self.parcellation = sizes, parcellation
         self.make_network(sizes, parcellation)
-        n_units = sizes.n_voxels if self.unit == "voxel" else sizes.n_parcels
         if self.linear_kind == "banded_ridge":
-            lengths = (sizes.n_cls * sizes.cls_width, sizes.n_patches * sizes.patch_width)
-            self.linear = LinearPath(*lengths, n_units, self.linear_rank)
+            self.linear = self.make_linear_path(self.linear_rank, self.linear_name)
             self.register_buffer("share", torch.tensor(0.5))
-        self.val_metrics = EncodingMetrics(n_units, prefix="val/")
+        self.val_metrics = EncodingMetrics(self.n_units, prefix="val/")
+
+    @property
+    def n_units(self) -> int:
+        """Parcels or voxels that are predicted."""
+        assert self.sizes is not None
+        return self.sizes.n_voxels if self.unit == "voxel" else self.sizes.n_parcels
+
+    def make_linear_path(self, rank: int | None, name: str = "linear") -> LinearPath:
+        """Make a closed form of these sizes, not solved."""
+        assert self.sizes is not None
+        cls = self.sizes.n_cls * self.sizes.cls_width
+        patches = self.sizes.n_patches * self.sizes.patch_width
+        return LinearPath(cls, patches, self.n_units, rank, name)
 
     @property
     def built(self) -> bool:
@@ -214,13 +244,27 @@ class EncodingModule(L.LightningModule):
         linear = self.linear(batch["cls"], batch["patches"])
         return own.to(linear.dtype).lerp(linear, self.share)
 
-    def predict(self, batch: Batch) -> Tensor:
-        """Predict (images, units)."""
-        return self.blend(self.network(batch), batch)
+    def streams(self, batch: Batch) -> dict[str, Tensor]:
+        """Compute what depends on one stream alone, by site; each tensor is (images, ...).
+
+        Only the sites ``features.*`` are passed here; all others in `from_streams`, so that what
+        this gives serves any number of interventions.
+        """
+        cls, patches = self.cls_site(batch["cls"]), self.patches_site(batch["patches"])
+        found = self.network_streams({**batch, "cls": cls, "patches": patches})
+        return found if self.linear is None else found | self.linear.streams(cls, patches)
+
+    def from_streams(self, streams: Mapping[str, Tensor]) -> Tensor:
+        """Predict (images, units) from what `streams` gave."""
+        own = self.network_from_streams(streams)
+        if self.linear is None:
+            return own
+        linear = self.linear.from_streams(streams)
+        return own.to(linear.dtype).lerp(linear, self.share)
 
     def forward(self, batch: Batch) -> Tensor:
         """Predict (images, units)."""
-        return self.predict(batch)
+        return self.from_streams(self.streams(batch))
 
     def rows(self, batch: Batch) -> dict[str, Tensor]:
         """Predictions by the name of their table row, the model's own one first."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -80,9 +80,18 @@ class Stage1Module(EncodingModule):
         output: Stage1Output = self._built()(batch["cls"], batch["patches"])
         return output
 
-    def network(self, batch: Batch) -> Tensor:
-        """Predict (images, parcels) by the trained network, without the closed form."""
-        return self.encode(batch).parcels
+    @property
+    def separable(self) -> bool:
+        """As the encoder says."""
+        return self._built().separable
+
+    def network_streams(self, batch: Batch) -> dict[str, Tensor]:
+        """Give the encoder's streams."""
+        return self._built().streams(batch["cls"], batch["patches"])
+
+    def network_from_streams(self, streams: Mapping[str, Tensor]) -> Tensor:
+        """Predict (images, parcels) from the encoder's streams."""
+        return self._built().from_streams(streams).parcels
 
     def gate_of(self, batch: Batch) -> Tensor | None:
         """Shares of global and local stream, (images, 1 | parcels, 2), or None without a gate."""

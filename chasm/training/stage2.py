@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from chasm.data.datamodule import DataSizes, NSDDataModule
 from chasm.errors import ConfigError
 from chasm.losses import Stage2Loss
 from chasm.models.decoder import Stage2Output, VoxelDecoder
+from chasm.models.sites import Site
 from chasm.models.stage2 import MambaVAE
 from chasm.models.tokens import TokenScaler
 from chasm.parcellation import Aggregation, Parcellation
@@ -74,9 +75,11 @@ class Stage2Module(EncodingModule):
         self.rate_factors = {"stage1.": stage1_rate}
         self.stage1: Stage1Module | None = None
         self.decoder: VoxelDecoder | None = None
+        self.parcels_site = Site("parcels")
 
     unit: Unit = "voxel"
     needs_stage1 = True
+    linear_name = "stage2.linear"
 
     @property
     def row_name(self) -> str:
@@ -173,10 +176,9 @@ class Stage2Module(EncodingModule):
 
     def parcels(self, batch: Batch) -> Tensor:
         """Stage 1's prediction, (images, parcels)."""
-        if self.joint:
-            return self.parcel_model.predict(batch)
-        with torch.no_grad():
-            return self.parcel_model.predict(batch)
+        with torch.set_grad_enabled(self.joint and torch.is_grad_enabled()):
+            found: Tensor = self.parcel_model(batch)
+        return found
 
     def decode(self, batch: Batch, parcels: Tensor) -> Stage2Output:
         """Give the network's prediction with its parts, from tokens and parcels."""
@@ -184,9 +186,23 @@ class Stage2Module(EncodingModule):
         output: Stage2Output = self.decoder(batch["cls"], batch["patches"], parcels)
         return output
 
-    def network(self, batch: Batch) -> Tensor:
-        """Predict (images, voxels) by the trained networks, without the closed form."""
-        return self.decode(batch, self.parcels(batch)).voxels
+    @property
+    def separable(self) -> bool:
+        """As Stage 1 says."""
+        return self.parcel_model.separable
+
+    def network_streams(self, batch: Batch) -> dict[str, Tensor]:
+        """Give Stage 1's streams and the decoder's."""
+        assert self.decoder is not None
+        visual = self.decoder.streams(batch["cls"], batch["patches"])
+        return self.parcel_model.streams(batch) | visual
+
+    def network_from_streams(self, streams: Mapping[str, Tensor]) -> Tensor:
+        """Predict (images, voxels) from both stages' streams."""
+        assert self.decoder is not None
+        parcels = self.parcels_site(self.parcel_model.from_streams(streams))
+        output: Stage2Output = self.decoder.from_streams(streams, parcels)
+        return output.voxels
 
     def rows(self, batch: Batch) -> dict[str, Tensor]:
         """Predictions by row name; last, Stage 1's parcels given to all their voxels."""

@@ -32,7 +32,7 @@ def own_predictions(run):
     ids, parts = [], []
     for batch in data.test_dataloader():
         ids.append(batch["image_id"])
-        parts.append(model.predict(data.on_after_batch_transfer(batch, 0)))
+        parts.append(model(data.on_after_batch_transfer(batch, 0)))
     images = data.store.open_images().read(torch.cat(ids).numpy())
     return data, images, torch.cat(parts).numpy()
 

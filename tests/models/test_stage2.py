@@ -154,7 +154,7 @@ def test_tokens_of_image_and_parcels():
     """By hand without blocks: the visual token first, then value times weight plus position."""
     model = small(encoder_blocks=0).eval()
     cls, patches, parcels = batch()
-    tokens = model.encode(cls, patches, parcels)
+    tokens = model.encode(model.streams(cls, patches), parcels)
     pool, projection = model.visual.pool, model.visual.projection
     pooled = torch.nn.functional.layer_norm(patches.mean(1) @ pool[0].weight.T + pool[0].bias, (6,))
     joint = torch.cat([cls[:, 0], cls[:, 1], torch.nn.functional.gelu(pooled)], 1)
@@ -167,7 +167,8 @@ def test_tokens_of_image_and_parcels():
 
 def test_the_holistic_decoder_sees_every_token():
     model = small(amplitude=False, d_latent=0).eval()
-    tokens = model.encode(*batch()).detach().requires_grad_()
+    cls, patches, parcels = batch()
+    tokens = model.encode(model.streams(cls, patches), parcels).detach().requires_grad_()
     model.holistic(tokens).square().sum().backward()
     assert tokens.grad.abs().sum(-1).gt(0).all()
 
@@ -178,8 +179,8 @@ def test_alternate_direction_lets_the_visual_token_see_the_parcels():
         model = small(direction=direction).eval()
         assert [block.reverse for block in model.blocks] == [False, sees]
         assert not model.holistic.blocks[0].reverse
-        first = model.encode(cls, patches, parcels)[:, 0]
-        other = model.encode(cls, patches, parcels + 1)[:, 0]
+        first = model.encode(model.streams(cls, patches), parcels)[:, 0]
+        other = model.encode(model.streams(cls, patches), parcels + 1)[:, 0]
         assert torch.equal(first, other) != sees
 
 
@@ -283,7 +284,7 @@ def test_draws_are_decodings_of_samples_in_order():
     draws = model.draws(*inputs, 3, torch.Generator().manual_seed(2), chunk=5)
     out = model(*inputs)
     z = sample(out.mean, out.log_variance, torch.Generator().manual_seed(2), 3)
-    tokens = model.encode(*inputs)
+    tokens = model.encode(model.streams(*inputs[:2]), inputs[2])
     for number in range(3):
         for image in range(4):
             one = model.inject(tokens[image : image + 1], z[number, image : image + 1])

@@ -83,7 +83,7 @@ def test_rows_are_the_blend_the_network_and_the_expanded_parcels(arguments):
     with torch.inference_mode():
         rows = model.rows(batch)
         linear = model.linear(batch["cls"], batch["patches"])
-        parcels = model.stage1.predict(batch)
+        parcels = model.stage1(batch)
     blend, network, expanded = rows.values()
     assert list(rows) == ["stage 2", "stage 2, network alone", "stage 1, expanded"]
     torch.testing.assert_close(blend, (1 - model.share) * network + model.share * linear)
