@@ -282,11 +282,15 @@ class NSDDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Give the validation images, repeats averaged."""
-        return self._loader(self.dataset("validation"), None)
+        return self.ordered_dataloader("validation")
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """Give the test images, repeats averaged; `fit` and `tune` never ask for them."""
-        return self._loader(self.dataset("test"), None)
+        return self.ordered_dataloader("test")
+
+    def ordered_dataloader(self, part: Literal["train", "validation", "test"]) -> DataLoader[Batch]:
+        """Give the images of a part in the order of their ids, repeats averaged."""
+        return self._loader(self.dataset(part), None)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Tokens travel as float16 and are used as float32."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from chasm.data.batches import Batch, EncodingDataset
+from chasm.data.batches import Batch
 from chasm.data.datamodule import NSDDataModule
 from chasm.evaluation.linear_rows import N_FOLDS, linear_key, linear_rows
 from chasm.evaluation.predictions import (
@@ -18,23 +18,16 @@ from chasm.evaluation.predictions import (
     AlternativeTarget,
     Draws,
     FloatArray,
-    Membership,
     PredictionFile,
     PredictionRow,
     RunInfo,
-    Units,
-    voxel_membership,
 )
+from chasm.evaluation.reading import Reading
 from chasm.models.baselines import baseline_kernels, fit_to_kernels
 from chasm.models.kernels import FeatureKernels
-from chasm.noise_ceiling import unit_ncsnr
-from chasm.parcellation import Aggregation, Parcellation
 from chasm.progress import track
 from chasm.training.base import EncodingModule
 from chasm.training.recipes import Recipe
-
-BLOCK = 256
-"""Images, or trials, whose voxels are in memory at once."""
 
 N_DRAWS = 20
 """Draws per image of a model that has a latent."""
@@ -64,7 +57,7 @@ def predict_test(
     n_draws
         Draws per image where the model has a latent, seeded by the recipe's seed.
     """
-    reading = _Reading(model, data)
+    reading = Reading(model, data)
     train, test = data.dataset("train"), data.dataset("test")
     predicted = _predict(reading, n_draws, recipe.seed)
     responses = reading.responses(train, "mean")
@@ -118,103 +111,6 @@ def predict_test(
     )
 
 
-class _Reading:
-    """A model's units, read off the voxels of a store.
-
-    A model of single voxels may have them in another order than the store; here they always
-    are in the store's, so that files of different models agree.
-    """
-
-    def __init__(self, model: EncodingModule, data: NSDDataModule) -> None:
-        assert model.parcellation is not None
-        self.model, self.data = model, data
-        self.parcellation: Parcellation = model.parcellation
-        self.parcels = model.unit == "parcel"
-        self.own_target: Aggregation | None = None
-        if self.parcels and model.target != "mean":
-            self.own_target = model.target
-        self._columns: np.ndarray | None = None
-        if not self.parcels:
-            n_voxels = data.store.n_voxels
-            voxel_of = model.units_of(torch.arange(n_voxels).double()[None], "mean")[0].numpy()
-            if not np.array_equal(voxel_of, np.arange(n_voxels)):
-                self._columns = np.argsort(voxel_of)
-
-    def sorted_units(self, values: Tensor) -> Tensor:
-        """Put the model's (..., units) into the order of the file."""
-        return values if self._columns is None else values[..., self._columns]
-
-    def in_order(self, betas: Tensor, how: Aggregation) -> np.ndarray:
-        """Responses of the units, in the order of the file: (..., voxels) -> (..., units)."""
-        return self.sorted_units(self.model.units_of(betas, how)).numpy()
-
-    def responses(self, data: EncodingDataset, how: Aggregation) -> np.ndarray:
-        """Responses to a dataset's items, (items, units) float32, in one array."""
-        found: np.ndarray | None = None
-        for start in range(0, len(data), BLOCK):
-            rows = range(start, min(start + BLOCK, len(data)))
-            part = self.in_order(torch.from_numpy(data.betas(rows)), how)
-            if found is None:
-                found = np.empty((len(data), part.shape[1]), np.float32)
-            found[rows.start : rows.stop] = part
-        assert found is not None
-        return found
-
-    def own_responses(self, part: Literal["train", "test"]) -> np.ndarray:
-        """Values of the model's own target as training saw them, (images, units).
-
-        A model that was trained on single trials has the target of every presentation, averaged
-        here over repeats; one that was trained on image means has the target of the mean.
-        """
-        found = self.data.dataset(part, self.data.samples)
-        values = self.responses(found, self.model.target)
-        if self.data.samples == "image_means":
-            return values
-        images, index, counts = np.unique(found.image_ids, return_inverse=True, return_counts=True)
-        sums = np.zeros((len(images), values.shape[1]))
-        np.add.at(sums, index, values)
-        return (sums / counts[:, None]).astype(np.float32)
-
-    def units(self) -> Units:
-        """Sizes, noise-ceiling SNR and places of the units."""
-        store = self.data.store
-        n_units = self.parcellation.n_parcels if self.parcels else store.n_voxels
-        position = np.full((n_units, 3), np.nan, np.float32)
-        coordinates = store.coordinates()
-        if coordinates is not None:
-            axes = torch.from_numpy(np.array(coordinates.T, dtype=np.float32))
-            position = self.in_order(axes, "mean").T
-        if self.parcels:
-            return Units(self.parcellation.sizes.numpy(), self._parcel_ncsnr(), position)
-        ncsnr = store.voxels["ncsnr"].to_numpy(np.float32)
-        return Units(np.ones(n_units, np.int64), ncsnr, position)
-
-    def _parcel_ncsnr(self) -> np.ndarray:
-        """Noise-ceiling SNR of the parcel means, from the repeats of every image of the subject."""
-        mean, std = self.data.normalisation
-        store = self.data.store
-        parts = []
-        for start in range(0, store.n_trials, BLOCK):
-            trials = np.arange(start, min(start + BLOCK, store.n_trials))
-            betas = torch.from_numpy(store.zscore(trials, mean, std))
-            parts.append(self.in_order(betas, "mean"))
-        return unit_ncsnr(np.concatenate(parts), store.trials["image_id"].to_numpy())
-
-    def membership(self) -> dict[str, Membership]:
-        """Voxels of every unit in the ROIs of each atlas that has any."""
-        found = {}
-        for atlas, roi in self.data.store.rois.items():
-            names = {key: name for key, name in sorted(roi.names.items()) if key >= 1}
-            if not names:
-                continue
-            if self.parcels:
-                counts = self.parcellation.roi_weights(roi.labels, names).numpy()
-                found[atlas] = Membership(counts.astype(np.int64), tuple(names.values()))
-            else:
-                found[atlas] = voxel_membership(roi.labels, names)
-        return found
-
-
 class _Predicted(NamedTuple):
     """What the model says of the test images."""
 
@@ -224,7 +120,7 @@ class _Predicted(NamedTuple):
 
 
 @torch.inference_mode()
-def _predict(reading: _Reading, n_draws: int, seed: int) -> _Predicted:
+def _predict(reading: Reading, n_draws: int, seed: int) -> _Predicted:
     """Predict the test images batch by batch: rows, gate and, from a latent, draws."""
     model, data = reading.model, reading.data
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

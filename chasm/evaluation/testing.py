@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
 
 import nibabel
 import numpy as np
@@ -20,10 +17,10 @@ from chasm.evaluation.brain_maps import Volume
 from chasm.evaluation.gallery import Pixels
 from chasm.evaluation.predicting import N_DRAWS, draws_of, predict_test
 from chasm.evaluation.predictions import PredictionFile
+from chasm.evaluation.reading import check_same, note_reading, open_run
 from chasm.evaluation.tables import show
-from chasm.io import sha256_of_file
 from chasm.training.base import EncodingModule
-from chasm.training.runs import is_finished, load, read_provenance
+from chasm.training.runs import load, read_provenance
 
 log = logging.getLogger(__name__)
 
@@ -84,21 +81,13 @@ def _predicted(
     run: Path, fresh: bool, n_draws: int, by: str
 ) -> tuple[EncodingModule, NSDDataModule]:
     """Give a run's model and data once its predictions are there and current."""
-    if not is_finished(run):
-        raise DataError(
-            run, "this folder is no finished run", "Train it to its end with `chasm fit`."
-        )
+    model, data, recipe, checkpoint = open_run(run)
     predictions = run / "predictions.h5"
-    checkpoint = sha256_of_file(run / "checkpoints" / "best.ckpt")
-    model, data, recipe = load(run)
-    assert isinstance(model, EncodingModule)
-    _check_store(run, data)
-    _check_same(run, "tokens", data.tokens.fingerprint)
     if not fresh and _made_by(predictions) == (checkpoint, draws_of(model, n_draws)):
         log.info("predictions are current: %s", predictions)
     else:
         data.setup("test")
-        _note_reading(run, checkpoint, by)
+        note_reading(run, checkpoint, by)
         predict_test(run, model, data, recipe, checkpoint, n_draws).write(predictions)
     return model, data
 
@@ -146,11 +135,10 @@ def _store_views(run: Path) -> tuple[Volume | None, Pixels | None]:
     """Give a run's `_volume` and `_pixels`; none, with a warning, without model and store."""
     try:
         model, data, _ = load(run)
-        _check_store(run, data)
+        check_same(run, "store", data.store.fingerprint)
     except ChasmError as error:
         log.warning("the report has no brain map and no pixels: %s", error)
         return None, None
-    assert isinstance(model, EncodingModule)
     return _volume(model, data), _pixels(data)
 
 
@@ -191,28 +179,3 @@ def _made_by(predictions: Path) -> tuple[str, int] | None:
         return None
     n_draws = 0 if file.draws is None else file.draws.n
     return file.info.fingerprints.get("checkpoint", ""), n_draws
-
-
-def _check_store(run: Path, data: NSDDataModule) -> None:
-    _check_same(run, "store", data.store.fingerprint)
-
-
-def _check_same(run: Path, part: Literal["store", "tokens"], now: str) -> None:
-    facts = read_provenance(run)[part]
-    then = facts["fingerprint"]
-    if then != now:
-        raise DataError(
-            facts["path"],
-            f"its fingerprint is {now[:12]}, the run was trained on {then[:12]}",
-            "Train again on these data, or bring back the ones it was trained on.",
-        )
-
-
-def _note_reading(run: Path, checkpoint: str, by: str) -> None:
-    entry = {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "by": by,
-        "checkpoint": checkpoint,
-    }
-    with (run / "test_readings.jsonl").open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(entry) + "\n")

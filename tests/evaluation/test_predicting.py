@@ -13,6 +13,7 @@ from chasm.data.splits import training_statistics
 from chasm.errors import ConfigError
 from chasm.evaluation import predicting
 from chasm.evaluation.predicting import predict_test
+from chasm.evaluation.reading import Reading
 from chasm.evaluation.predictions import PredictionFile
 from chasm.evaluation.testing import predict_run, score_run
 from chasm.training.recipes import Recipe
@@ -113,7 +114,7 @@ def test_draws_are_summarised_and_seeded(stage2, stage2_file):
     model, data, recipe = load(stage2)
     assert (stage2_file.draws.n, stage2_file.draws.seed) == (3, recipe.seed)
     data.setup("test")
-    reading = predicting._Reading(model, data)
+    reading = Reading(model, data)
     again = predicting._predict(reading, 3, recipe.seed).draws
     np.testing.assert_allclose(again.mean, stage2_file.draws.mean, atol=1e-5)
     np.testing.assert_allclose(again.variance, stage2_file.draws.variance, atol=1e-6)
@@ -156,10 +157,10 @@ def test_an_error_of_a_model_that_can_draw_is_not_hidden(stage2, monkeypatch):
 
     monkeypatch.setattr(model, "draws", broken)
     with pytest.raises(ConfigError, match="broken"):
-        predicting._predict(predicting._Reading(model, data), 3, recipe.seed)
+        predicting._predict(Reading(model, data), 3, recipe.seed)
     # Without a latent it is not asked at all.
     monkeypatch.setattr(model.decoder, "latent", None)
-    assert predicting._predict(predicting._Reading(model, data), 3, recipe.seed).draws is None
+    assert predicting._predict(Reading(model, data), 3, recipe.seed).draws is None
 
 
 def test_the_report_of_a_stage_2_compares_it_with_the_stage_before(stage2):
