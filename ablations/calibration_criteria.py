@@ -209,13 +209,13 @@ def _interaction(name: str, runs: Runs, null: NullWorlds) -> Iterator[Line]:
 
 def _noise(name: str, runs: Runs, null: NullWorlds) -> Iterator[Line]:
     numbers = [Found(one) for one in runs]
-    scores = ("v_local", "v_global", "v_both", "specialisation")
+    scores = ("v_local", "v_global", "v_both")
     for quantity in scores:
         signs = [one.sign(quantity, key, "r2") for one in numbers for key in SETS]
         yield at_most(name, f"{quantity} (r2) is not 0, specified rule", signs)
         yield told(name, f"{quantity} (r2) is above 0", [sign > 0 for sign in signs])
-    for quantity in scores:
-        # What is below 0 was fitted to noise; D means something where something is predicted.
+    for quantity in (*scores, "specialisation"):
+        # What is below 0 was fitted to noise; D has a value where something is predicted.
         marks = [
             one.sign(quantity, key, "r2") and one.sign("v_both", key, "r2") > 0
             for one in numbers

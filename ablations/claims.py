@@ -127,7 +127,8 @@ def claim(
     encoder
         Which; by default the first model, or else the first encoder.
     null_p
-        p of I against simulated null worlds with this subject's noise ceilings.
+        p of I against simulated null worlds with this subject's noise ceilings; where it is not
+        known, the claim says that it is uncalibrated.
     replication
         Over subjects; said at the end.
 
@@ -197,7 +198,9 @@ def _judge(
             text = f"asymmetry not estimable in {SCALES[scale]}: {number.reason}"
             return "not estimable", 0, text
     early, higher = (_find(rows, "specialisation", name, "ceiling") for name in ("early", "higher"))
-    against = "" if null_p is None else f", and p = {null_p:.2g} against simulated null worlds"
+    against = ", not compared with simulated null worlds (uncalibrated)"
+    if null_p is not None:
+        against = f", and p = {null_p:.2g} against simulated null worlds"
     numbers = (
         f"I = {primary} in noise-ceiling units (early D = {early}, higher D = {higher}), the "
         f"same sign in share units and matched for noise ceiling{against}"

@@ -18,8 +18,8 @@ COALITION_QUANTITIES: Mapping[str, Mapping[str, float]] = {
     "redundancy": {"local": 1, "global": 1, "both": -1, "none": -1},
     "specialisation": {"local": 1, "global": -1},
 }
-"""Quantity to coalition to coefficient. Negative redundancy is synergy; specialisation is the
-Shapley value of local less that of global."""
+"""Quantity to coalition to coefficient. Negative redundancy is synergy or
+suppression; specialisation is the Shapley value of local less that of global."""
 
 TESTED = ("necessity_local", "necessity_global", "specialisation", "asymmetry")
 """Quantities that are given a p."""

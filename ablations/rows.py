@@ -22,6 +22,9 @@ COLUMNS = [
 ]
 
 NOT_ESTIMABLE = "not estimable: "
+NOTHING = "what both streams predict is not above 0"
+COMPARED = ("specialisation", "asymmetry")
+"""Quantities that compare the streams: without meaning where nothing is predicted."""
 EARLY_LESS_HIGHER = "early - higher"
 
 
@@ -54,6 +57,7 @@ class _Place(NamedTuple):
     mean_ceiling: float
     members: tuple[int, ...]
     reason: str
+    nothing: str
     note: str
 
 
@@ -126,19 +130,19 @@ def _grid(
     samples, contrasts = (
         _combine(quantities, tables.conditions, part) for part in (tables.values, tables.terms)
     )
+    unit = _combine([predicted(tables.conditions)], tables.conditions, tables.values)[0]
+    low = unit[0] if len(unit) == 1 else np.minimum(unit[0], interval(unit[1:])[0])
+    nothing = [one or NOTHING * bool(le0) for one, le0 in zip(reasons, low <= 0, strict=True)]
     if scale.name == "share":
-        unit = _combine([predicted(tables.conditions)], tables.conditions, tables.values)[0]
         unit = np.where(unit == 0, np.nan, unit)
         samples, contrasts = samples / unit, contrasts / unit[0]
-        low = unit[0] if len(unit) == 1 else np.fmin(unit[0], interval(unit[1:])[0])
-        for index in np.flatnonzero(~(low > 0)):
-            reasons[index] = reasons[index] or "what both streams predict is not above 0"
+        reasons = nothing
     places = [
-        _region_place(test, scale, index, reasons[index])
+        _region_place(test, scale, index, reasons[index], nothing[index])
         for index in range(len(reasons))
         if scale.name != "matched" or any(index in one.members for one in sets)
     ]
-    places += [_set_place(one, test, scale, reasons) for one in sets]
+    places += [_set_place(one, test, scale, reasons, nothing) for one in sets]
     return _Grid(quantities, places, *(_at(places, part) for part in (samples, contrasts)))
 
 
@@ -152,8 +156,9 @@ def _asymmetry(grid: _Grid, sets: tuple[RegionSet, RegionSet]) -> _Grid:
         n_units=early.n_units + higher.n_units,
         n_voxels=early.n_voxels + higher.n_voxels,
         mean_ceiling=(early.mean_ceiling + higher.mean_ceiling) / 2,
-        reason="; ".join(dict.fromkeys(filter(None, (early.reason, higher.reason)))),
-        note="; ".join(dict.fromkeys(filter(None, (early.note, higher.note)))),
+        reason=_joined(early.reason, higher.reason),
+        nothing=_joined(early.nothing, higher.nothing),
+        note=_joined(early.note, higher.note),
     )
     less = [part[chosen][..., -2:-1] - part[chosen][..., -1:] for part in grid[2:]]
     return _Grid(quantities, [place], *less)
@@ -176,21 +181,36 @@ def _at(places: Sequence[_Place], values: FloatArray) -> FloatArray:
     return result
 
 
-def _region_place(test: TestSet, scale: Scale, index: int, reason: str) -> _Place:
+def _joined(*texts: str) -> str:
+    return "; ".join(dict.fromkeys(filter(None, texts)))
+
+
+def _region_place(test: TestSet, scale: Scale, index: int, reason: str, nothing: str) -> _Place:
     region = test.regions[index]
     facts = (scale.n_units[index], scale.n_voxels[index], scale.mean_ceiling[index])
-    return _Place(region.level, region.atlas, region.name, *facts, (index,), reason, "")
+    where = (region.level, region.atlas, region.name)
+    return _Place(*where, *facts, (index,), reason, nothing, "")
 
 
-def _set_place(chosen: RegionSet, test: TestSet, scale: Scale, reasons: Sequence[str]) -> _Place:
+def _set_place(
+    chosen: RegionSet,
+    test: TestSet,
+    scale: Scale,
+    reasons: Sequence[str],
+    nothing: Sequence[str],
+) -> _Place:
     members = list(chosen.members)
-    failed = [f"{region_key(test.regions[i])}: {reasons[i]}" for i in members if reasons[i]]
-    common = {reasons[index] for index in members}
-    reason = chosen.reason or (common.pop() if len(common) == 1 else "; ".join(failed))
+
+    def common(found: Sequence[str]) -> str:
+        failed = [f"{region_key(test.regions[i])}: {found[i]}" for i in members if found[i]]
+        distinct = {found[index] for index in members}
+        return chosen.reason or (distinct.pop() if len(distinct) == 1 else "; ".join(failed))
+
     mean_ceiling = float(scale.mean_ceiling[members].mean()) if members else np.nan
     sums = (scale.n_units[members].sum(), scale.n_voxels[members].sum(), mean_ceiling)
     note = f"without {', '.join(chosen.left_out)}" if chosen.left_out else ""
-    return _Place("set", "", chosen.name, *sums, chosen.members, reason, note)
+    texts = (common(reasons), common(nothing), note)
+    return _Place("set", "", chosen.name, *sums, chosen.members, *texts)
 
 
 def _rows(grid: _Grid, signs: FloatArray, note: str) -> pd.DataFrame:
@@ -205,7 +225,7 @@ def _rows(grid: _Grid, signs: FloatArray, note: str) -> pd.DataFrame:
     status = _status(grid, value, low, note)
     estimable = ~np.char.startswith(status, NOT_ESTIMABLE)
     numbers = {"value": value, "low": low, "high": high, "p": p}
-    places = pd.DataFrame(grid.places).drop(columns=["members", "reason", "note"])
+    places = pd.DataFrame(grid.places).drop(columns=["members", "reason", "nothing", "note"])
     return (
         places.iloc[np.tile(np.arange(shape[1]), shape[0])]
         .reset_index(drop=True)
@@ -222,11 +242,19 @@ def _rows(grid: _Grid, signs: FloatArray, note: str) -> pd.DataFrame:
 
 def _status(grid: _Grid, value: FloatArray, low: FloatArray, note: str) -> NDArray[np.str_]:
     """Say what may be made of every number: (quantities, places)."""
-    notes = ["; ".join(filter(None, (note, place.note))) for place in grid.places]
-    fine = np.array([f"ok: {text}" if text else "ok" for text in notes])
-    reasons = np.array([f"{NOT_ESTIMABLE}{place.reason}" for place in grid.places])
-    failed = np.array([bool(place.reason) for place in grid.places])
-    status = np.broadcast_to(np.where(failed, reasons, fine), value.shape)
+    notes = [_joined(note, place.note) for place in grid.places]
+    fine = [f"ok: {text}" if text else "ok" for text in notes]
+    reasons = [
+        [place.nothing if one.name in COMPARED else place.reason for place in grid.places]
+        for one in grid.quantities
+    ]
+    status = np.array(
+        [
+            [f"{NOT_ESTIMABLE}{why}" if why else ok for why, ok in zip(row, fine, strict=True)]
+            for row in reasons
+        ]
+    ).reshape(value.shape)
+    failed = np.array(reasons, dtype=bool).reshape(value.shape)
     resampled = grid.samples.shape[1] > 1
     undefined = ~np.isfinite(value) | (resampled & ~np.isfinite(low))
     why = f"{NOT_ESTIMABLE}the responses are constant in some resamples"

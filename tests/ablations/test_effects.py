@@ -335,7 +335,9 @@ def test_no_share_of_a_prediction_that_is_no_better_than_the_mean(test_set, valu
     why = "what both streams predict is not above 0"
     assert not_estimable(frame, scale="share", level="roi") == why
     assert not_estimable(frame, scale="share", quantity="asymmetry") == why
-    assert (frame.loc[frame["scale"] == "ceiling", "status"] == "ok").all()
+    compared = frame["quantity"].isin(["specialisation", "asymmetry"])
+    assert not_estimable(frame[compared & (frame["level"] == "roi")], scale="ceiling") == why
+    assert (frame.loc[~compared & (frame["scale"] == "ceiling"), "status"] == "ok").all()
 
 
 def test_constant_units_are_left_out_where_they_are_constant(test_set, values_of):
