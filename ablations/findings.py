@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-from ablations.claims import Claim
+from ablations.claims import Claim, Replication, claim, combine
 from ablations.effects import POOLED, Effects, pooled
+from ablations.significance import adjust
 from ablations.values import CoalitionValues, FloatArray, TestSet, region_key
+from chasm.errors import ConfigError
 from chasm.evaluation.bootstrap import image_means, interval, resample_counts
 from chasm.evaluation.page import Surroundings
 from chasm.evaluation.regions import MIN_PATTERN_UNITS, Region
@@ -45,12 +47,17 @@ class Findings:
         Effects of every encoder, with the test images.
     values
         What they were computed from, for the pattern correlations; may be empty.
+    null_p
+        Encoder to p of its asymmetry against simulated null worlds
+        (`ablations.worlds_null.null_p`); None or absent where it was not compared with any.
     claims
-        Encoder to what may be claimed of it.
+        Encoder to what may be claimed of it; made by `judged`.
     planted
         Local share that was planted, by region (``atlas:name``); None where it is not known.
     recipe
         The suite as YAML.
+    weights
+        Label of the backbone's weights, e.g. ``UNTRAINED``; empty where it is not known.
     surroundings
         Volume and background of the brain maps, provenance; see the class.
     """
@@ -58,9 +65,11 @@ class Findings:
     suite: str
     effects: Effects
     values: Sequence[CoalitionValues] = ()
+    null_p: Mapping[str, float | None] = field(default_factory=dict)
     claims: Mapping[str, Claim] = field(default_factory=dict)
     planted: Mapping[str, float] | None = None
     recipe: str = ""
+    weights: str = ""
     surroundings: Surroundings = Surroundings()  # noqa: RUF009 (frozen)
 
     @property
@@ -109,6 +118,46 @@ class Findings:
         return float((self.planted or {}).get(f"{atlas}:{region}", np.nan))
 
 
+def judged(found: Sequence[Findings]) -> list[Findings]:
+    """Give the findings of several subjects with q over all of them, and with their claims.
+
+    Raises
+    ------
+    ConfigError
+        A subject is given twice, or a `null_p` is not between 0 and 1.
+    """
+    names = [one.test.subject for one in found]
+    if len(set(names)) < len(names):
+        raise ConfigError(
+            "report", f"a subject is given twice: {', '.join(names)}", "Give every subject once."
+        )
+    whole = adjust([one.effects.frame for one in found])
+    result = []
+    for one in found:
+        frame = whole[whole["subject"] == one.test.subject].reset_index(drop=True)
+        effects = replace(one.effects, frame=frame)
+        claims = {
+            name: claim(
+                effects,
+                encoder=name,
+                null_p=one.null_p.get(name),
+                replication=_replication(found, name),
+            )
+            for name in one.encoders
+        }
+        result.append(replace(one, effects=effects, claims=claims))
+    return result
+
+
+def _replication(found: Sequence[Findings], encoder: str) -> Replication | None:
+    """Count over subjects that have the encoder; None where none has an asymmetry."""
+    frames = [one.effects.frame for one in found if encoder in one.encoders]
+    known = any(
+        frame.loc[frame["quantity"] == "asymmetry", "low"].notna().any() for frame in frames
+    )
+    return combine(frames, encoder) if known else None
+
+
 def planted_shares(rois: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, float]:
     """Give the local share of every region from the planted truth of a simulated subject.
 
@@ -122,9 +171,12 @@ def planted_shares(rois: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[
         f"{atlases.get(atlas, atlas)}:{name}": float(facts["local_share"])
         for atlas, regions in rois.items()
         for name, facts in regions.items()
+        if "local_share" in facts
     }
     whole = rois.get("nsdgeneral", {})
-    return shares | {":all": float(facts["local_share"]) for facts in whole.values()}
+    for facts in whole.values():
+        shares[":all"] = float(facts["local_share"])
+    return shares
 
 
 def pattern_frame(findings: Findings) -> pd.DataFrame:

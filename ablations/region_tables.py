@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -88,8 +89,11 @@ def value_grid(findings: Findings, encoder: str) -> Grid:
     parcels = findings.test.unit == "parcel"
     counts = ["n_voxels", *(["n_units"] if parcels else [])]
     facts = {
-        key: (*(str(int(line[name])) for name in counts), number(float(line["mean_ceiling"])))
-        for key, line in rows.drop_duplicates(KEYS).set_index(KEYS).iterrows()
+        tuple(line[KEYS]): (
+            *(str(int(line[name])) for name in counts),
+            number(float(line["mean_ceiling"])),
+        )
+        for _, line in rows.drop_duplicates(KEYS).iterrows()
     }
     names = (voxels_name(findings.test.unit), *(["Parcels"] if parcels else []), "Mean ceiling")
     return _effect_grid(findings, encoder, "Value of each coalition", VALUES, before=(names, facts))
@@ -204,7 +208,7 @@ def lookup(rows: pd.DataFrame, column: Column, scale: str) -> pd.DataFrame:
     ].set_index(KEYS)
 
 
-def cell_of(table: pd.DataFrame, key: tuple[str, ...], column: Column) -> Cell | str:
+def cell_of(table: pd.DataFrame, key: Any, column: Column) -> Cell | str:
     """Make the cell of a region, ``–`` where it has no row or no number."""
     if key not in table.index:
         return "–"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
-from rich.console import Console, Group
+from rich.console import Group
 from rich.text import Text
 
 from ablations.findings import PATTERN, Findings, pattern_frame
@@ -34,8 +34,6 @@ from ablations.wording import (
     scale_note,
 )
 from chasm.evaluation.grids import Grid, Line, cells_of, make_cell, markdown_grid, rich_grid
-
-_MIN_WIDTH = 110
 
 SETS = ("early", "higher", "early - higher")
 """Regions of the rows of D of the two sets, and of I."""
@@ -66,7 +64,7 @@ def headline(findings: Findings) -> str:
 
 
 def claim_grid(findings: Findings) -> Grid | None:
-    """Encoders by D of the early and higher sets and I, on every scale; None without the sets."""
+    """Lay out encoders by D of both sets and I, on every scale; None without the sets."""
     lines = []
     for encoder in findings.encoders:
         rows = set_rows(findings, encoder)
@@ -91,9 +89,9 @@ def claim_grid(findings: Findings) -> Grid | None:
     )
 
 
-def set_rows(findings: Findings, encoder: str) -> pd.DataFrame:
-    """Rows of D of the two sets and of I that have a number."""
-    rows = findings.rows(encoder)
+def set_rows(findings: Findings, encoder: str, seed: str | None = None) -> pd.DataFrame:
+    """Rows of D of both sets and of I that have a number; without `seed` those over all seeds."""
+    rows = findings.rows(encoder, seed)
     return rows[
         (rows["level"] == "set")
         & rows["quantity"].isin(["specialisation", "asymmetry"])
@@ -238,11 +236,8 @@ def markdown(found: Sequence[Findings]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def show(findings: Findings, console: Console | None = None) -> None:
-    """Print a subject's per-region tables, and what may be claimed, to a terminal."""
-    console = console or Console()
-    if console.width < _MIN_WIDTH and not console.is_terminal:
-        console.width = _MIN_WIDTH
+def terminal(findings: Findings) -> Group:
+    """Return a subject's tables by region, and what may be claimed, for a terminal."""
     style = "bold yellow" if findings.test.simulated else "bold"
     shown = [
         grid(findings, encoder)
@@ -251,11 +246,9 @@ def show(findings: Findings, console: Console | None = None) -> None:
     ]
     sets = claim_grid(findings)
     shown += [] if sets is None else [sets]
-    console.print(
-        Group(
-            Text(headline(findings), style=style),
-            *(rich_grid(grid) for grid in shown),
-            Text(method(findings)),
-            *(Text(sentence, style="bold") for sentence in claim_sentences(findings)),
-        )
+    return Group(
+        Text(headline(findings), style=style),
+        *(rich_grid(grid) for grid in shown),
+        Text(method(findings)),
+        *(Text(sentence, style="bold") for sentence in claim_sentences(findings)),
     )

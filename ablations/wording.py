@@ -40,8 +40,8 @@ MEANINGS: tuple[MetricFacts, ...] = (
     MetricFacts(
         "Redundancy ρ",
         "ρ",
-        "v(L) + v(G) − v(LG) − v(∅): above 0, the streams carry the same; below 0, they need each "
-        "other (synergy).",
+        "v(L) + v(G) − v(LG) − v(∅): above 0, the streams carry the same; below 0, there is "
+        "synergy or suppression: both together predict more than the sum of each alone.",
         "0.",
         "v(LG) − v(∅) for two streams that carry the same.",
     ),
@@ -123,9 +123,9 @@ def method(findings: Findings) -> str:
 
 
 def claim_sentences(findings: Findings) -> list[str]:
-    """Say what may be claimed, a sentence for each encoder."""
+    """Say what may be claimed, a sentence or more for each encoder."""
     return [
-        f"{encoder[:1].upper()}{encoder[1:]}: {findings.claims[encoder].sentence}"
+        findings.claims[encoder].sentence
         for encoder in findings.encoders
         if encoder in findings.claims
     ]
@@ -159,6 +159,8 @@ def limits(findings: Findings) -> list[str]:
             f"Early is {', '.join(sets['early'])}; higher is {', '.join(sets['higher'])}. "
             "Another choice of regions is another question."
         )
+    if all(sets.values()):
+        sentences.append(calibration(findings))
     if findings.scale != "ceiling":
         sentences.append(
             "No noise ceiling is known, so values are mean R²: regions with noisier responses have "
@@ -178,6 +180,30 @@ def limits(findings: Findings) -> list[str]:
     if test.n_boot == 0:
         sentences.append("No intervals were computed, so that nothing here is tested.")
     return sentences
+
+
+def calibration(findings: Findings) -> str:
+    """Say whether the asymmetry was compared with simulated worlds that have none."""
+    told = [
+        f"p = {findings.null_p[name]:.2g} for {name}"
+        for name in findings.encoders
+        if findings.null_p.get(name) is not None
+    ]
+    missing = [name for name in findings.encoders if findings.null_p.get(name) is None]
+    text = ""
+    if told:
+        text = (
+            "The asymmetry was compared with simulated null worlds, which have these noise "
+            f"ceilings and one local share everywhere: {', '.join(told)}. The worlds are those of "
+            "the simulation, predicted by banded ridge. "
+        )
+    if missing:
+        text += (
+            f"The asymmetry of {', '.join(missing)} was not compared with simulated null worlds: "
+            "it is uncalibrated, hence exploratory, for intervals over images do not say how "
+            "large an asymmetry noise and unequal streams alone would give."
+        )
+    return text.rstrip()
 
 
 def _seeds(n: int) -> str:

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args[0] not in COMMANDS:
         return _fail(f"chasm: no command {args[0]!r}. Commands: {', '.join(COMMANDS)}.")
-    _set_up_logging()
+    set_up_logging()
     module, _, function = COMMANDS[args[0]].target.partition(":")
     try:
         getattr(import_module(module), function)(args[1:])
@@ -58,7 +58,8 @@ def _fail(message: str, status: int = 2) -> int:
     return status
 
 
-def _set_up_logging() -> None:
+def set_up_logging() -> None:
+    """Show what the package says on standard error, and nothing that others say."""
     import warnings
 
     from rich.logging import RichHandler

@@ -2,16 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from chasm.commands.data import (
-    MASK,
-    VERSION,
-    selection_options,
-    simulation_config,
-    simulation_given,
-    simulation_options,
-)
+from chasm.commands.data import source_of, source_options
 from chasm.commands.options import make_parser, show_path
 from chasm.errors import ConfigError
 
@@ -31,12 +22,7 @@ def baselines(args: list[str]) -> None:
         help="recipes, folders of them or patterns (default: experiments/baselines, stage1.yaml "
         "and stage2.yaml of experiments)",
     )
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--nsd", type=Path, default=None, help="NSD tree to prepare the subject from"
-    )
-    source.add_argument("--simulate", action="store_true", help="simulate an NSD first")
-    selection_options(parser)
+    source_options(parser)
     parser.add_argument("--n-boot", type=int, default=2000, help="bootstrap resamples of the table")
     parser.add_argument("--fresh", action="store_true", help="train and test again")
     parser.add_argument(
@@ -45,14 +31,8 @@ def baselines(args: list[str]) -> None:
         default=None,
         help="recipes trained at a time (default: one on a GPU, else one per thread, at most 4)",
     )
-    simulation_options(parser.add_argument_group("size of the simulation"), "sim-")
     found, rest = parser.parse_known_args(args)
-    if not found.simulate and (found.size or simulation_given(found)):
-        raise ConfigError(
-            "chasm baselines", "options of the simulation without one", "Add --simulate."
-        )
-    if not (found.simulate or found.nsd) and (found.version, found.mask) != (VERSION, MASK):
-        raise ConfigError("chasm baselines", "--version or --mask without --nsd", "Add --nsd.")
+    source = source_of(found, "chasm baselines")
     if {"-c", "--config"} & set(rest):
         raise ConfigError("chasm baselines", "-c names one recipe", "Name recipes by --recipes.")
     from chasm.evaluation.comparison_tables import show
@@ -66,10 +46,7 @@ def baselines(args: list[str]) -> None:
     folder, comparison = run_baselines(
         rest,
         find_recipes(found.recipes or DEFAULT_RECIPES),
-        nsd=found.nsd,
-        simulated=simulation_config(found) if found.simulate else None,
-        version=found.version,
-        mask=found.mask,
+        **source,
         n_boot=found.n_boot,
         fresh=found.fresh,
         jobs=found.jobs,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chasm.commands.options import list_of, make_parser, show_path, take_flag
+from chasm.errors import ConfigError
 
 if TYPE_CHECKING:
     from chasm.data.simulation import SimulationConfig
@@ -50,6 +51,37 @@ def simulation_given(found: argparse.Namespace) -> dict[str, Any]:
     prefix = "simulation_"
     options = {k.removeprefix(prefix): v for k, v in vars(found).items() if k.startswith(prefix)}
     return {name: value for name, value in options.items() if value is not None}
+
+
+def source_options(parser: argparse.ArgumentParser) -> None:
+    """Add where a subject comes from: an NSD tree, or a simulation and its numbers."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--nsd", type=Path, default=None, help="NSD tree to prepare the subject from"
+    )
+    source.add_argument("--simulate", action="store_true", help="simulate an NSD first")
+    selection_options(parser)
+    simulation_options(parser.add_argument_group("size of the simulation"), "sim-")
+
+
+def source_of(found: argparse.Namespace, command: str) -> dict[str, Any]:
+    """Give the arguments nsd, simulated, version and mask of `chasm.pipeline.prepare_recipe`.
+
+    Raises
+    ------
+    ConfigError
+        Options were given that have no effect.
+    """
+    if not found.simulate and (found.size or simulation_given(found)):
+        raise ConfigError(command, "options of the simulation without one", "Add --simulate.")
+    if not (found.simulate or found.nsd) and (found.version, found.mask) != (VERSION, MASK):
+        raise ConfigError(command, "--version or --mask without --nsd", "Add --nsd.")
+    return {
+        "nsd": found.nsd,
+        "simulated": simulation_config(found) if found.simulate else None,
+        "version": found.version,
+        "mask": found.mask,
+    }
 
 
 def simulate(args: list[str]) -> None:

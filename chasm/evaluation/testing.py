@@ -68,7 +68,7 @@ def score_run(
     """
     check_resamples(n_boot)
     model, data = _predicted(run, fresh, n_draws, by)
-    return _report(run, _volume(model, data), _pixels(data), n_boot, fresh=False)
+    return _report(run, volume_of(model, data), _pixels(data), n_boot, fresh=False)
 
 
 def predict_run(run: Path, *, fresh: bool = False, n_draws: int = N_DRAWS, by: str = TEST) -> Path:
@@ -132,17 +132,17 @@ def _report(
 
 
 def _store_views(run: Path) -> tuple[Volume | None, Pixels | None]:
-    """Give a run's `_volume` and `_pixels`; none, with a warning, without model and store."""
+    """Give a run's `volume_of` and `_pixels`; none, with a warning, without model and store."""
     try:
         model, data, _ = load(run)
         check_same(run, "store", data.store.fingerprint)
     except ChasmError as error:
         log.warning("the report has no brain map and no pixels: %s", error)
         return None, None
-    return _volume(model, data), _pixels(data)
+    return volume_of(model, data), _pixels(data)
 
 
-def _volume(model: EncodingModule, data: NSDDataModule) -> Volume | None:
+def volume_of(model: EncodingModule, data: NSDDataModule) -> Volume | None:
     """Give the function that puts one value per unit into the subject's volume, if it has one."""
     store = data.store
     if store.volume_shape is None:
