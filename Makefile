@@ -17,13 +17,21 @@ DATASET ?= $(if $(NSD),$(notdir $(patsubst %/,%,$(NSD))),simulated)
 SOURCE   = $(if $(NSD),--nsd $(NSD),--simulate)
 MACAQUE ?= ../shared/data/macaque_v4
 
-.PHONY: help setup stage1 stage2 baselines macaque macaque-baselines test test-all lint format bench clean
+STAGE   ?= 1
+CKPT    ?=
+SUITES  ?= cls patches swap gate layers inputs$(if $(filter 2,$(STAGE)), routes latent decoders)
+JOBS    ?=
+ABLATE   = $(BIN)/python -m ablations.run
+TRAINED  = $(if $(CKPT),--run $(CKPT),-c $(or $(RECIPE),$(SCALE)/stage$(STAGE).yaml) $(SOURCE) --data.subject $(SUBJ) --data.dataset_dir data/$(DATASET))
+
+.PHONY: help setup stage1 stage2 baselines macaque macaque-baselines ablate-cls ablate-patches ablate-swap ablate ablate-retrain calibrate test test-all lint format bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):[^#]*## /\1\t/' | \
 	  awk -F'\t' '{ printf "  make %-17s %s\n", $$1, $$2 }'
 	@echo
 	@echo "  SUBJ=1      subject              NSD=/path   a real NSD tree (default: a simulated one)"
+	@echo "  STAGE=2     for ablate-*         CKPT=...  runs for ablate-*, instead of the recipe's own"
 	@echo "  RECIPE=...  another recipe       ARGS=\"--trainer.max_epochs 3\"   any recipe key"
 
 $(READY): pyproject.toml
@@ -59,6 +67,24 @@ macaque-baselines: $(READY) ## The comparison on a session of the macaque record
 	$(CHASM) prepare arrays --dataset macaque_v4 --name 210325 \
 	  --images $(MACAQUE)/images_210325.zip --responses $(MACAQUE)/responses_raw_210325.npy
 	$(CHASM) baselines --data.dataset_dir data/macaque_v4 --data.subject 210325 --data.parcels.size 1 $(ARGS)
+
+ablate-cls: $(READY) ## What every ROI loses without the CLS stream (of STAGE, or of the run CKPT)
+	$(ABLATE) cls $(TRAINED) $(ARGS)
+
+ablate-patches: $(READY) ## The same without the patch stream
+	$(ABLATE) patches $(TRAINED) $(ARGS)
+
+ablate-swap: $(READY) ## The paper's swapped routes, with controls
+	$(ABLATE) swap $(TRAINED) $(ARGS)
+
+ablate: $(READY) ## All suites, or SUITES="cls gate"
+	$(ABLATE) $(SUITES) $(TRAINED) $(ARGS)
+
+ablate-retrain: $(READY) ## Models trained without one of their parts, in one table
+	$(CHASM) baselines --recipes ablations/retrain $(SOURCE) --data.subject $(SUBJ) --data.dataset_dir data/$(DATASET) --runs runs/retrain $(ARGS)
+
+calibrate: $(READY) ## How often the suites are right, on simulated brains (resumable; about 1.5 core hours)
+	$(BIN)/python -m ablations.calibrate $(if $(JOBS),--jobs $(JOBS)) $(ARGS)
 
 test: $(READY) ## The default test suite
 	$(BIN)/python -m pytest

@@ -128,6 +128,7 @@ def _planted(findings: Findings, like: pd.DataFrame) -> dict[str, tuple[pd.DataF
     """Planted D in shares of the regions of a table; empty where it is not known."""
     if not findings.planted:
         return {}
+    like = like.dropna(subset=["value"])
     values = [2 * findings.planted_share(key[1], key[2]) - 1 for key in like.index]
     table = pd.DataFrame({"value": values, "low": values, "high": values}, index=like.index)
     return {PLANTED: (table, Mark("#1d2126", "D", "none"))}
@@ -136,7 +137,9 @@ def _planted(findings: Findings, like: pd.DataFrame) -> dict[str, tuple[pd.DataF
 def _region_figure(series: Series, label: str) -> Figure | None:
     """Dots with intervals for every region of several tables; None for a single region."""
     tables = {name: table.dropna(subset=["value"]) for name, (table, _) in series.items()}
-    keys = list(dict.fromkeys(key for table in tables.values() for key in table.index))
+    scored = {key for table in tables.values() for key in table.index}
+    ordered = dict.fromkeys(key for table, _ in series.values() for key in table.index)
+    keys = [key for key in ordered if key in scored]
     if len(keys) < 2:
         return None
     with mpl.rc_context(STYLE):
@@ -197,4 +200,5 @@ def _quadrants(axes: Axes, points: Sequence[Point]) -> None:
         axes.text(
             x, y, text, transform=axes.transAxes, fontsize=8.5, color=GREY,
             ha="left" if x < 0.5 else "right", va="bottom" if y < 0.5 else "top",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 2},
         )  # fmt: skip

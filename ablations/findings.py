@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -50,8 +51,9 @@ class Findings:
     null_p
         Encoder to p of its asymmetry against simulated null worlds
         (`ablations.worlds_null.null_p`); None or absent where it was not compared with any.
-    claims
-        Encoder to what may be claimed of it; made by `judged`.
+    claims, replications
+        Encoder to what may be claimed of it, and to the subjects that show the same; made by
+        `judged`.
     planted
         Local share that was planted, by region (``atlas:name``); None where it is not known.
     recipe
@@ -67,6 +69,7 @@ class Findings:
     values: Sequence[CoalitionValues] = ()
     null_p: Mapping[str, float | None] = field(default_factory=dict)
     claims: Mapping[str, Claim] = field(default_factory=dict)
+    replications: Mapping[str, Replication] = field(default_factory=dict)
     planted: Mapping[str, float] | None = None
     recipe: str = ""
     weights: str = ""
@@ -110,8 +113,17 @@ class Findings:
     def rows(self, encoder: str, seed: str | None = None) -> pd.DataFrame:
         """Rows of an encoder with one seed; without `seed` those pooled over all of its seeds."""
         frame = self.effects.frame
-        frame = pooled(frame) if seed is None else frame[frame["seed"] == seed]
+        frame = self._pooled if seed is None else frame[frame["seed"] == seed]
         return frame[frame["encoder"] == encoder]
+
+    @cached_property
+    def _pooled(self) -> pd.DataFrame:
+        return pooled(self.effects.frame)
+
+    @cached_property
+    def patterns(self) -> pd.DataFrame:
+        """See `pattern_frame`."""
+        return pattern_frame(self)
 
     def planted_share(self, atlas: str, region: str) -> float:
         """Local share planted in a region; NaN where it is not known."""
@@ -132,20 +144,17 @@ def judged(found: Sequence[Findings]) -> list[Findings]:
             "report", f"a subject is given twice: {', '.join(names)}", "Give every subject once."
         )
     whole = adjust([one.effects.frame for one in found])
+    encoders = dict.fromkeys(name for one in found for name in one.encoders)
+    counted = {name: _replication(found, name) for name in encoders}
+    replications = {name: count for name, count in counted.items() if count is not None}
     result = []
     for one in found:
         frame = whole[whole["subject"] == one.test.subject].reset_index(drop=True)
         effects = replace(one.effects, frame=frame)
         claims = {
-            name: claim(
-                effects,
-                encoder=name,
-                null_p=one.null_p.get(name),
-                replication=_replication(found, name),
-            )
-            for name in one.encoders
+            name: claim(effects, encoder=name, null_p=one.null_p.get(name)) for name in one.encoders
         }
-        result.append(replace(one, effects=effects, claims=claims))
+        result.append(replace(one, effects=effects, claims=claims, replications=replications))
     return result
 
 

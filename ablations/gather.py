@@ -30,7 +30,7 @@ GROUPS = "groups"
 """Atlas of the groups that a user defines."""
 
 
-def test_set(
+def read_test_set(
     model: EncodingModule, data: NSDDataModule, suite: Suite, groups: Path | None, n_boot: int
 ) -> TestSet:
     """Read the test responses, their ceilings and where they are scored.

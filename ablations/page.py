@@ -10,12 +10,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ablations import figures, tables, wording
-from ablations.findings import Findings, pattern_frame
+from ablations.findings import Findings
 from chasm.evaluation.brain_maps import InteractiveMap, colour_limits
 from chasm.evaluation.figures import to_svg
 from chasm.evaluation.grids import Grid
 from chasm.evaluation.page import clickable_map, fill, static_map
 from chasm.evaluation.prediction_parts import FloatArray
+from chasm.evaluation.wording import flatten
 
 TEMPLATES = Path(__file__).with_name("templates")
 
@@ -40,6 +41,7 @@ def render(found: Sequence[Findings]) -> str:
             "weights_label": "UNTRAINED" if untrained else first.weights,
         },
         "suite": first.suite,
+        "replications": wording.replication_sentences(first),
         "subjects": [_subject(one) for one in found],
         "metrics": wording.MEANINGS,
         "recipe": first.recipe,
@@ -50,7 +52,6 @@ def render(found: Sequence[Findings]) -> str:
 def _subject(findings: Findings) -> dict[str, Any]:
     """Gather everything that the page says of a subject."""
     shares = figures.specialisation_figure(findings, "share") if findings.planted else None
-    patterns = pattern_frame(findings)
     return {
         "name": findings.test.subject,
         "title": findings.title,
@@ -68,14 +69,14 @@ def _subject(findings: Findings) -> dict[str, Any]:
             },
             findings,
         ),
-        "encoders": [_encoder(findings, patterns, name) for name in findings.encoders],
-        "provenance": dict(findings.surroundings.provenance or {}),
+        "encoders": [_encoder(findings, name) for name in findings.encoders],
+        "provenance": flatten(findings.surroundings.provenance or {}),
     }
 
 
-def _encoder(findings: Findings, patterns: Any, encoder: str) -> dict[str, Any]:
+def _encoder(findings: Findings, encoder: str) -> dict[str, Any]:
     """Gather the tables, figure and maps of an encoder."""
-    grids: list[Grid] = tables.encoder_grids(findings, patterns, encoder)
+    grids: list[Grid] = tables.encoder_grids(findings, encoder)
     contribution = figures.contribution_figure(findings, encoder)
     title = "Shapley value φ and necessity N of each stream"
     static, interactive = _maps(findings, encoder)

@@ -63,7 +63,7 @@ class Passes:
         self.device = device
         self.reference = Reference()
         parts: dict[str, list[Tensor]] = {}
-        given = self.batches("test") if model.separable else []
+        given: Any = self.batches("test") if model.separable else ()
         with torch.inference_mode():
             for batch in track(given, f"streams of {model.row_name}", len(given)):
                 for site, value in model.streams(batch).items():

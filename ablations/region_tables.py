@@ -86,6 +86,7 @@ SCALES = (
 def value_grid(findings: Findings, encoder: str) -> Grid:
     """Regions by the values of the four coalitions, with what is known of the regions."""
     rows = by_region(findings.rows(encoder))
+    rows = rows[rows["scale"] == findings.scale]
     parcels = findings.test.unit == "parcel"
     counts = ["n_voxels", *(["n_units"] if parcels else [])]
     facts = {
@@ -175,7 +176,9 @@ def _effect_grid(
         )
         texts = [tuple(given[1][key]) if given else () for given in (before, after)]
         lines.append(Line(label, " ".join(key[:2]), texts[0] + cells + texts[1]))
-    shown = rows[rows["quantity"].isin([column.quantity for column in columns])]
+    scales = {column.scale or findings.scale for column in tables}
+    quantities = {column.quantity for column in tables}
+    shown = rows[rows["quantity"].isin(quantities) & rows["scale"].isin(scales)]
     heads = [tuple(given[0]) if given else () for given in (before, after)]
     return Grid(
         f"{findings.mark}{title}: {encoder}",

@@ -13,9 +13,10 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
-from ablations.findings import Findings, judged, pattern_frame
+from ablations.findings import Findings, judged
 from ablations.page import render
 from ablations.tables import markdown, terminal
+from ablations.wording import replication_sentences
 from chasm.errors import ConfigError
 from chasm.io import atomic_path, write_text
 
@@ -62,7 +63,7 @@ def write_report(out_dir: Path, found: Sequence[Findings]) -> Path:
 
 def write_csv(found: Sequence[Findings], path: Path) -> None:
     """Write the tidy rows of all subjects, pattern correlations last, six digits each."""
-    frames = [one.effects.frame for one in found] + [pattern_frame(one) for one in found]
+    frames = [one.effects.frame for one in found] + [one.patterns for one in found]
     whole = pd.concat([frame for frame in frames if len(frame)], ignore_index=True)
     with atomic_path(path) as temporary:
         whole.to_csv(temporary, index=False, float_format="%.6g")
@@ -79,8 +80,11 @@ def show(found: Sequence[Findings], console: Console | None = None) -> None:
     console = console or Console()
     if console.width < _MIN_WIDTH and not console.is_terminal:
         console.width = _MIN_WIDTH
-    for findings in _judged(found):
+    found = _judged(found)
+    for findings in found:
         console.print(terminal(findings))
+    for sentence in replication_sentences(found[0]):
+        console.print(sentence, style="bold", highlight=False)
 
 
 def _judged(found: Sequence[Findings]) -> list[Findings]:

@@ -111,7 +111,7 @@ def frame_of(
         grid = _grid(quantities, part, test, scale, sets)
         for one in (grid, _asymmetry(grid, sets)):
             frames.append(_rows(one, signs, note).assign(scale=scale.name))
-    facts = {"subject": test.subject, "dataset": test.dataset, "simulated": test.simulated}
+    facts: dict[str, Any] = {k: getattr(test, k) for k in ("subject", "dataset", "simulated")}
     frame = pd.concat(frames, ignore_index=True).assign(**facts, **start, q=np.nan)
     return frame[COLUMNS]
 

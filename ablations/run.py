@@ -22,7 +22,7 @@ import torch
 
 from ablations.effects import effects
 from ablations.findings import Findings, planted_shares
-from ablations.gather import GROUPS, check_run, gather, test_set
+from ablations.gather import GROUPS, check_run, gather, read_test_set
 from ablations.null import subject_null
 from ablations.report import show, write_report
 from ablations.suite import Suite, read_suite
@@ -150,7 +150,7 @@ def _findings(suite: Suite, runs: Mapping[Path, OpenedRun], options: Options) ->
     """Everything about one subject."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     (first, opened), *_ = runs.items()
-    test = test_set(opened.model, opened.data, suite, options.groups, options.n_boot)
+    test = read_test_set(opened.model, opened.data, suite, options.groups, options.n_boot)
     values = []
     for run, one in runs.items():
         _check_same_images(first, opened, run, one)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ablations.matching import match_ceilings
 from ablations.values import FloatArray, TestSet, region_key
@@ -128,7 +129,7 @@ def _region_set(
 
 
 def _matched(
-    test: TestSet, kept: FloatArray, usable: FloatArray, sets: tuple[RegionSet, RegionSet]
+    test: TestSet, kept: FloatArray, usable: NDArray[np.bool_], sets: tuple[RegionSet, RegionSet]
 ) -> Scale:
     """Match the regions of both sets; the others have no matched values."""
     members = [*sets[0].members, *sets[1].members]

@@ -8,7 +8,7 @@ import pandas as pd
 from rich.console import Group
 from rich.text import Text
 
-from ablations.findings import PATTERN, Findings, pattern_frame
+from ablations.findings import PATTERN, Findings
 from ablations.region_tables import (
     KEYS,
     Column,
@@ -31,6 +31,7 @@ from ablations.wording import (
     limits,
     method,
     not_estimable,
+    replication_sentences,
     scale_note,
 )
 from chasm.evaluation.grids import Grid, Line, cells_of, make_cell, markdown_grid, rich_grid
@@ -85,7 +86,8 @@ def claim_grid(findings: Findings) -> Grid | None:
         ("D early", "D higher", "I"),
         tuple(lines),
         "An asymmetry may be claimed where I has one sign, with intervals excluding 0, in units of "
-        "the noise ceiling, in shares and SNR-matched.",
+        "the noise ceiling, in shares and SNR-matched, and is larger than in simulated null "
+        "worlds (p at most .05).",
     )
 
 
@@ -100,19 +102,9 @@ def set_rows(findings: Findings, encoder: str, seed: str | None = None) -> pd.Da
     ]
 
 
-def pattern_grid(findings: Findings, patterns: pd.DataFrame, encoder: str) -> Grid | None:
-    """Conditions of the published ablation by group, ours above the published; None without groups.
-
-    Parameters
-    ----------
-    findings
-        What was found.
-    patterns
-        Its `ablations.findings.pattern_frame`.
-    encoder
-        Which.
-    """
-    part = patterns[patterns["encoder"] == encoder]
+def pattern_grid(findings: Findings, encoder: str) -> Grid | None:
+    """Conditions of the published ablation by group, each above its published row, if any."""
+    part = findings.patterns[findings.patterns["encoder"] == encoder]
     regions = [name for name in ("Early", "Mid", "Higher", "all") if (part["region"] == name).any()]
     if regions in ([], ["all"]):
         return None
@@ -127,7 +119,7 @@ def pattern_grid(findings: Findings, patterns: pd.DataFrame, encoder: str) -> Gr
     ours = (
         f"Ours: pattern correlation over the {test.unit}s that lie mostly in the group, "
         f"{'simulated data set' if test.simulated else 'data set'} {test.dataset}, {test.subject}, "
-        f"mean over {test.n_images} test images; a stream is replaced by its train mean."
+        f"mean over {test.n_images} test images; streams are replaced as in the coalitions."
     )
     return Grid(
         f"{findings.mark}Pattern correlation under ablation: {encoder}",
@@ -205,7 +197,7 @@ def _side_by_side(title: str, parts: Mapping[str, pd.DataFrame], note: str) -> G
     return Grid(title, tuple(parts), tuple(lines), note)
 
 
-def encoder_grids(findings: Findings, patterns: pd.DataFrame, encoder: str) -> list[Grid]:
+def encoder_grids(findings: Findings, encoder: str) -> list[Grid]:
     """All tables of one encoder."""
     found = [
         value_grid(findings, encoder),
@@ -213,7 +205,7 @@ def encoder_grids(findings: Findings, patterns: pd.DataFrame, encoder: str) -> l
         contrast_grid(findings, encoder),
         gate_grid(findings, encoder),
         scale_grid(findings, encoder),
-        pattern_grid(findings, patterns, encoder),
+        pattern_grid(findings, encoder),
         condition_grid(findings, encoder),
         change_grid(findings, encoder),
         seed_grid(findings, encoder),
@@ -228,11 +220,11 @@ def markdown(found: Sequence[Findings]) -> str:
         parts += [f"# {headline(findings)}", *claim_sentences(findings), method(findings)]
         shared = [claim_grid(findings), agreement_grid(findings)]
         parts += [markdown_grid(grid) for grid in shared if grid is not None]
-        patterns = pattern_frame(findings)
         for encoder in findings.encoders:
-            parts += [markdown_grid(g) for g in encoder_grids(findings, patterns, encoder)]
-        parts.append("## What the numbers do not show")
+            parts += [markdown_grid(g) for g in encoder_grids(findings, encoder)]
+        parts += ["## What the numbers do not show"]
         parts.append("\n".join(f"- {sentence}" for sentence in limits(findings)))
+    parts += ["# Replication", *(replication_sentences(found[0]) or ["No asymmetry to replicate."])]
     return "\n\n".join(parts) + "\n"
 
 

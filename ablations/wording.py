@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
+from ablations.effects import MIN_SEEDS
 from ablations.findings import Findings, set_regions
 from chasm.evaluation.catalogue import MetricFacts
 
@@ -17,7 +18,7 @@ MEANINGS: tuple[MetricFacts, ...] = (
         "R² summed over the region's units, divided by their summed noise ceiling, when only the "
         "streams in brackets carry the image: L the local stream (patch tokens), G the global "
         "stream (CLS tokens). What the others deliver is replaced, by its mean over the train "
-        "images unless a condition says otherwise. Without a noise ceiling: mean R².",
+        "images unless the suite says otherwise. Without a noise ceiling: mean R².",
         "0 for the train mean.",
         "1 for v(LG).",
     ),
@@ -131,6 +132,12 @@ def claim_sentences(findings: Findings) -> list[str]:
     ]
 
 
+def replication_sentences(findings: Findings) -> list[str]:
+    """Say in how many subjects the asymmetry has an interval that excludes 0, by encoder."""
+    mark = "SIMULATED data, " if findings.test.simulated else ""
+    return [f"{mark}{name}: {count.sentence}" for name, count in findings.replications.items()]
+
+
 def limits(findings: Findings) -> list[str]:
     """Say what the numbers of a subject do not show, the general first."""
     test = findings.test
@@ -166,8 +173,9 @@ def limits(findings: Findings) -> list[str]:
             "No noise ceiling is known, so values are mean R²: regions with noisier responses have "
             "smaller ones, and differences between regions may be differences in noise."
         )
-    n_seeds = min(len(findings.seeds(encoder)) for encoder in findings.encoders)
-    if n_seeds < 3:
+    trained = [name for name, kind in findings.encoders.items() if kind == "model"]
+    n_seeds = min((len(findings.seeds(name)) for name in trained), default=MIN_SEEDS)
+    if n_seeds < MIN_SEEDS:
         sentences.append(
             f"{_seeds(n_seeds)} trained: intervals cover the test images"
             f"{' and hardly' if n_seeds > 1 else ', not'} the training of another network."
@@ -220,7 +228,7 @@ def agreement(parts: Mapping[str, pd.DataFrame], first: str, second: str) -> str
     first, second
         Which two.
     """
-    both = parts[first].join(parts[second], lsuffix="_x", rsuffix="_y", how="inner").reset_index()
+    both = parts[first].merge(parts[second], left_index=True, right_index=True).reset_index()
     both = both[both["level"] == "roi"].dropna(subset=["value_x", "value_y"])
     if both.empty:
         return f"D of {first} and {second} cannot be compared: no ROI has both."

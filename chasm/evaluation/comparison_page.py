@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jinja2
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
@@ -20,6 +19,7 @@ from chasm.evaluation.comparison_tables import (
     findings,
     further_grids,
 )
+from chasm.evaluation.page import fill
 
 COLOURS = {
     "model": figures.MODEL_COLOURS[0],
@@ -40,15 +40,12 @@ def render(comparison: Comparison) -> str:
         "failures": failure_lines(comparison.failed),
         "metrics": wording.metric_facts(first.scores.info.unit),
         "published": tables.published_grid(),
+        "prints": {
+            f"fingerprint of the {name}": value
+            for name, value in first.file.info.fingerprints.items()
+        },
     }
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("chasm.evaluation", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("comparison.html.j2").render(context)
+    return fill("comparison.html.j2", context)
 
 
 def _section(level: Level) -> dict[str, Any]:
@@ -61,7 +58,6 @@ def _section(level: Level) -> dict[str, Any]:
         "grid": comparison_grid(level),
         "further": further_grids(level),
         "rows": wording.row_facts(level.file),
-        "prints": level.file.info.fingerprints,
     }
 
 

@@ -89,14 +89,29 @@ def render(file: PredictionFile, predictions: Path, scores: Scores, given: Surro
         "provenance": wording.provenance_facts(predictions, file, given.provenance),
         "config": file.info.config,
     }
+    return fill("report.html.j2", context)
+
+
+def fill(template: str, context: Mapping[str, Any], *folders: Path) -> str:
+    """Fill a page's template, which may use those of this package by their names.
+
+    Parameters
+    ----------
+    template
+        Name of the template.
+    context
+        Its variables; all that it asks for must be there.
+    folders
+        Where templates of other packages lie.
+    """
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("chasm.evaluation", "templates"),
+        loader=jinja2.FileSystemLoader([*folders, Path(__file__).with_name("templates")]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.j2").render(context)
+    return environment.get_template(template).render(context)
 
 
 def _region_figure(scores: Scores) -> Figure | None:
@@ -108,10 +123,10 @@ def _svg(figure: Figure | None) -> str | None:
     return None if figure is None else figures.to_svg(figure)
 
 
-def _static_map(
+def static_map(
     title: str, values: FloatArray, given: Surroundings, **options: Any
 ) -> dict[str, str]:
-    """One map as a data URI."""
+    """Draw a map of one value per unit, (units,), as title and data URI; needs a volume."""
     assert given.volume is not None
     figure = brain_maps.brain_figure(
         values, given.volume, title, background=given.background, **options
@@ -132,7 +147,7 @@ def _maps(scores: Scores, given: Surroundings) -> list[dict[str, str]]:
     wanted = {f"R² of {name}": scores.unit_r2[name] for name in _models(scores)}
     if np.isfinite(scores.unit_ceiling).any():
         wanted["Noise ceiling (r²)"] = scores.unit_ceiling
-    return [_static_map(title, values, given) for title, values in wanted.items()]
+    return [static_map(title, values, given) for title, values in wanted.items()]
 
 
 def _interactive(scores: Scores, given: Surroundings) -> list[InteractiveMap]:
@@ -143,19 +158,20 @@ def _interactive(scores: Scores, given: Surroundings) -> list[InteractiveMap]:
     maps = []
     for name in _models(scores):
         values = scores.unit_r2[name]
-        maps.append(_clickable(f"R² of {name}", values, given))
+        maps.append(clickable_map(f"R² of {name}", values, given))
         lead = values - scores.unit_r2[best]
         if np.nanmax(np.abs(lead)) > 0:
             title = f"R² of {name} minus that of the best baseline, {best}"
-            maps.append(_clickable(title, lead, given, symmetric=True))
+            maps.append(clickable_map(title, lead, given, symmetric=True))
     if np.isfinite(scores.unit_ceiling).any():
-        maps.append(_clickable("Noise ceiling (r²)", scores.unit_ceiling, given))
+        maps.append(clickable_map("Noise ceiling (r²)", scores.unit_ceiling, given))
     return maps
 
 
-def _clickable(
+def clickable_map(
     title: str, values: FloatArray, given: Surroundings, *, symmetric: bool = False
 ) -> InteractiveMap:
+    """Make a map of one value per unit, (units,), to click through; needs a volume."""
     assert given.volume is not None
     return brain_maps.interactive_map(
         values,
@@ -192,7 +208,7 @@ def _gate(file: PredictionFile, scores: Scores, given: Surroundings) -> dict[str
     }
     if by_unit is not None and given.volume is not None:
         mean = by_unit.mean(axis=0, dtype=np.float64)
-        found["map"] = _static_map(
+        found["map"] = static_map(
             "Share of the global stream", mean, given, limits=(0.0, 1.0), colours="PuOr"
         )
     return found

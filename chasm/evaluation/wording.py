@@ -121,15 +121,16 @@ def provenance_facts(
         "predictions sha256": sha256_of_file(predictions),
         "software": f"chasm {metadata.version('chasm-fmri')}, Python {platform.python_version()}",
     }
-    facts |= _flatten(extra or {})
+    facts |= flatten(extra or {})
     return {name: str(value) for name, value in facts.items() if value not in ("", None)}
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Give nested facts as one level, their names joined by dots."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{name}.")
+            flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value
     return flat

@@ -116,7 +116,8 @@ def fit_optimal(
     Raises
     ------
     ConfigError
-        If the model has no such site, its statistics are missing, or nothing passes it.
+        If the model has no such site, its statistics are missing, nothing passes it, or the
+        error is not finite.
     """
     predict = run or module
     put_in = [Intervention(name, "value") for name in sites]
@@ -131,7 +132,7 @@ def fit_optimal(
         list(shifts.values()), max_iter=steps, history_size=10, line_search_fn="strong_wolfe"
     )
     count = sum(target.numel() for target in targets)
-    least, best = float("inf"), dict(reference.mean)
+    least, best = float("inf"), {name: reference.mean[name] for name in sites}
 
     def error_and_gradient() -> Tensor:
         nonlocal least, best
@@ -141,10 +142,16 @@ def fit_optimal(
             constants = {name: (means[name] + stds[name] * shifts[name])[None] for name in sites}
             with intervene(module, put_in, donors=constants):
                 error = (predict(batch) - target).square().sum() / count
-            slopes = torch.autograd.grad(error, list(shifts.values()))
+            slopes = torch.autograd.grad(error, list(shifts.values()), materialize_grads=True)
             for shift, slope in zip(shifts.values(), slopes, strict=True):
                 shift.grad = slope if shift.grad is None else shift.grad + slope
             total += error.detach()
+        if least == float("inf") and not total.isfinite():
+            raise ConfigError(
+                f"intervention:{', '.join(sites)}",
+                f"the error with the means is {float(total)}",
+                "Give finite targets and a model that predicts finite values.",
+            )
         if float(total) < least:
             least = float(total)
             best = {name: constants[name][0].detach().to(reference.mean[name]) for name in sites}

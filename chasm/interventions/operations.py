@@ -152,7 +152,7 @@ def _noise(value: Tensor, intervention: Intervention, given: Given) -> Tensor:
     """Draw from the Gaussian of the train images; its expected squared norm is theirs, too."""
     mean = _statistic(given.reference.mean, intervention)
     std = _statistic(given.reference.variance, intervention).sqrt()
-    drawn = [torch.randn(mean.shape, generator=g) for g in _generators(intervention, given)]
+    drawn = [torch.randn(mean.shape, generator=g) for g in _generators(value, intervention, given)]
     return mean.to(value) + std.to(value) * torch.stack(drawn).to(value)
 
 
@@ -164,7 +164,7 @@ def _shuffle_space(value: Tensor, intervention: Intervention, given: Given) -> T
             "Shuffle features.patches.",
         )
     n = value.shape[1]
-    orders = [torch.randperm(n, generator=g) for g in _generators(intervention, given)]
+    orders = [torch.randperm(n, generator=g) for g in _generators(value, intervention, given)]
     index = torch.stack(orders).to(value.device)
     return value[torch.arange(len(value), device=value.device)[:, None], index]
 
@@ -261,11 +261,17 @@ def _tokens(site: str, intervention: Intervention, given: Given) -> Tensor:
     return tokens
 
 
-def _generators(intervention: Intervention, given: Given) -> list[torch.Generator]:
+def _generators(value: Tensor, intervention: Intervention, given: Given) -> list[torch.Generator]:
     """One source of random numbers per image of the batch."""
     ids = _take(
         given.batch, intervention, "no batch with 'image_id'", "Give the batch.", "image_id"
     )
+    if len(ids) != len(value):
+        raise ConfigError(
+            f"intervention:{intervention.site}",
+            f"the batch has {len(ids)} image_id, {len(value)} images pass",
+            "Give the batch that passes.",
+        )
     return [_generator(intervention.site, intervention.seed, image) for image in ids.tolist()]
 
 

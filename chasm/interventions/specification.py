@@ -64,7 +64,7 @@ class Intervention:
     def __post_init__(self, where: str) -> None:
         if not isinstance(self.site, str):
             raise ConfigError(f"{where}.site", f"found {self.site!r}", "Give the name of a site.")
-        if self.operation not in OPERATIONS:
+        if not isinstance(self.operation, str) or self.operation not in OPERATIONS:
             listed = ", ".join(OPERATIONS)
             raise ConfigError(
                 f"{where}.operation", f"found {self.operation!r}", f"Use one of: {listed}."

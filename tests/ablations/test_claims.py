@@ -63,8 +63,8 @@ def test_a_double_dissociation_needs_both_signs(base):
         "SIMULATED data, subj01 (toy), stage 1 (3 seeds): double dissociation, early regions lean "
         "on the local stream and higher regions on the global stream: I = 0.500 [0.400, 0.600] in "
         "noise-ceiling units (early D = 0.300 [0.200, 0.400], higher D = -0.200 [-0.300, -0.100]), "
-        "the same sign in share units and matched for noise ceiling, not compared with simulated null worlds "
-        "(uncalibrated). In banded ridge, I = 0.100 [-0.100, 0.300] includes 0."
+        "the same sign in share units and matched for noise ceiling, not compared with simulated "
+        "null worlds (uncalibrated). In banded ridge, I = 0.100 [-0.100, 0.300] includes 0."
     )
 
 

@@ -13,8 +13,8 @@ from chasm.data.splits import training_statistics
 from chasm.errors import ConfigError
 from chasm.evaluation import predicting
 from chasm.evaluation.predicting import predict_test
-from chasm.evaluation.reading import Reading
 from chasm.evaluation.predictions import PredictionFile
+from chasm.evaluation.reading import Reading
 from chasm.evaluation.testing import predict_run, score_run
 from chasm.training.recipes import Recipe
 from chasm.training.runs import fit, load

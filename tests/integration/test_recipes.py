@@ -7,7 +7,8 @@ import pytest
 from chasm.training.recipes import Recipe
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "experiments").rglob("*.yaml"))
+RETRAIN = sorted((ROOT / "ablations" / "retrain").glob("*.yaml"))
+RECIPES = [*sorted((ROOT / "experiments").rglob("*.yaml")), *RETRAIN]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -24,7 +25,8 @@ def test_a_recipe_parses_and_builds(path):
 def test_recipes_are_listed_with_their_command():
     text = (ROOT / "experiments" / "README.md").read_text()
     for path in RECIPES:
-        assert str(path.relative_to(ROOT / "experiments")) in text
+        below = "experiments" if path not in RETRAIN else "ablations"
+        assert str(path.relative_to(ROOT / below)) in text
 
 
 def test_sizes_that_depend_on_data_are_in_no_recipe():
