@@ -285,24 +285,45 @@ class DualStreamEncoder(ParcelEncoder):
 
     separable = True
 
-    def streams(self, cls: Tensor, patches: Tensor) -> dict[str, Tensor]:
-        """Give what each stream's head reads; see `ParcelEncoder.streams`."""
-        cls, patches = self.scaled(cls, patches)
-        return {"global.out": self.global_stream(cls), "local.out": self.local_stream(patches)}
-
-    def from_streams(self, streams: Mapping[str, Tensor]) -> Stage1Output:
-        """Predict a batch from the two streams.
+    def forward(self, cls: Tensor, patches: Tensor) -> Stage1Output:
+        """Predict a batch; see `ParcelEncoder.forward`.
 
         Returns
         -------
         Stage1Output
             The prediction ``gate[..., 0] * global + gate[..., 1] * local`` and its parts.
         """
-        global_features = self.global_site(streams["global.out"])
-        local_read = self.local_site(streams["local.out"])
-        local_features = self.local_stream.pool(local_read)
-        global_parcels = self.global_stream.head(global_features)
-        local_parcels = self.local_stream.head(local_read)
+        cls, patches = self.scaled(cls, patches)
+        # Stream by stream: the order in which dropout draws is part of what a seed gives.
+        return self._fused(
+            self._global_part(self.global_stream(cls)), self._local_part(self.local_stream(patches))
+        )
+
+    def streams(self, cls: Tensor, patches: Tensor) -> dict[str, Tensor]:
+        """Give what each stream's head reads; see `ParcelEncoder.streams`."""
+        cls, patches = self.scaled(cls, patches)
+        return {"global.out": self.global_stream(cls), "local.out": self.local_stream(patches)}
+
+    def from_streams(self, streams: Mapping[str, Tensor]) -> Stage1Output:
+        """Predict a batch from the two streams; see `forward`."""
+        return self._fused(
+            self._global_part(streams["global.out"]), self._local_part(streams["local.out"])
+        )
+
+    def _global_part(self, delivered: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.global_site(delivered)
+        return features, self.global_stream.head(features)
+
+    def _local_part(self, delivered: Tensor) -> tuple[Tensor, Tensor]:
+        read = self.local_site(delivered)
+        return self.local_stream.pool(read), self.local_stream.head(read)
+
+    def _fused(
+        self, global_part: tuple[Tensor, Tensor], local_part: tuple[Tensor, Tensor]
+    ) -> Stage1Output:
+        """Fuse the features (images, d_model) and parcels (images, parcels) of both streams."""
+        global_features, global_parcels = global_part
+        local_features, local_parcels = local_part
         gate, visual = self.fuse(global_features, local_features)
         return Stage1Output(
             gate[..., 0] * global_parcels + gate[..., 1] * local_parcels,

@@ -46,7 +46,7 @@ _WITHOUT_EFFECT = {
 RECIPES = (".yaml", ".yml")
 """Suffixes by which a recipe is told from a checkpoint."""
 
-RESULT_VERSION = 3
+RESULT_VERSION = 2
 """Part of a run's digest: raised when a change of the code changes what training gives."""
 
 
