@@ -102,8 +102,9 @@ format: $(READY) ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) ## Speed and memory of the selective scan against its reference
+bench: $(READY) ## The selective scan, and the ablation runner, each against its reference
 	$(BIN)/python benchmarks/scan.py
+	$(BIN)/python benchmarks/ablations.py
 
 clean: ## Remove caches (not data, not runs)
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist build

@@ -156,6 +156,7 @@ def _region_figure(series: Series, label: str) -> Figure | None:
                 markerfacecolor=mark.face or mark.colour,
             )  # fmt: skip
         axes.axvline(0, color="#9aa0a8", lw=0.8)
+        axes.locator_params(axis="x", nbins=6)
         axes.set_xlabel(label)
         figure.legend(loc="outside upper left", ncols=2, frameon=False)
     return figure

@@ -20,7 +20,7 @@ from chasm.evaluation.wording import flatten
 
 TEMPLATES = Path(__file__).with_name("templates")
 
-OPEN_TABLES = 2
+OPEN_TABLES = 3
 """How many tables of an encoder are shown without a click."""
 
 
@@ -70,7 +70,10 @@ def _subject(findings: Findings) -> dict[str, Any]:
             findings,
         ),
         "encoders": [_encoder(findings, name) for name in findings.encoders],
-        "provenance": flatten(findings.surroundings.provenance or {}),
+        "provenance": {
+            name: ", ".join(map(str, value)) if isinstance(value, list) else value
+            for name, value in flatten(findings.surroundings.provenance or {}).items()
+        },
     }
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ablations.values import FloatArray
 from chasm.data.datamodule import NSDDataModule
+from chasm.errors import ConfigError
 from chasm.interventions import (
     INPUTS,
     Intervention,
@@ -28,6 +29,9 @@ from chasm.training.base import EncodingModule
 
 N_OPTIMAL = 1024
 """Train images, at most, that constants are fitted to: their streams are all in memory."""
+
+MAP_BYTES = 4 * 2**30
+"""Largest map from CLS to patches that ``residualise`` is fitted with."""
 
 MEASURED = ("mean", "noise", "optimal", "route_swap")
 """Operations that need statistics of their sites over train images."""
@@ -84,7 +88,20 @@ class Passes:
             self.reference.sources |= found.sources
         needs_map = any(one.operation == "residualise" for one in interventions)
         if needs_map and self.reference.patches_from_cls is None:
+            self._check_map()
             self.reference.patches_from_cls = fit_patches_from_cls(self.batches("train"))
+
+    def _check_map(self) -> None:
+        sizes = self.model.sizes
+        assert sizes is not None
+        n_weights = sizes.n_cls * sizes.cls_width * sizes.n_patches * sizes.patch_width
+        if 4 * n_weights > MAP_BYTES:
+            raise ConfigError(
+                "residualise",
+                f"the map from {sizes.n_cls} CLS tokens to all patches takes "
+                f"{4 * n_weights / 2**30:.1f} GiB",
+                f"Use a backbone recipe with fewer CLS layers (at most {MAP_BYTES / 2**30:g} GiB).",
+            )
 
     def predict(
         self, interventions: Sequence[Intervention] = (), donor: np.ndarray | None = None

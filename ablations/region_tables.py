@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +15,9 @@ from chasm.evaluation.tables import voxels_name
 
 KEYS = ["level", "atlas", "region"]
 """Columns that name a region."""
+
+Key = tuple[str, ...]
+"""Level, atlas and name of a region."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ def extra_conditions(findings: Findings, encoder: str) -> list[str]:
     return [str(name)[2:] for name in found if str(name).startswith("v:")]
 
 
-Texts = tuple[Sequence[str], Mapping[tuple[str, ...], Sequence[str]]]
+Texts = tuple[Sequence[str], Mapping[Key, Sequence[str]]]
 """Headings of further columns, and their texts by region."""
 
 
@@ -167,15 +169,13 @@ def _effect_grid(
     tables = {column: lookup(rows, column, findings.scale) for column in columns}
     tables = {column: table for column, table in tables.items() if table["value"].notna().any()}
     regions = rows.drop_duplicates(KEYS)
+    keys = list(regions[KEYS].itertuples(index=False, name=None))
+    cells = [cells_at(table, keys, column) for column, table in tables.items()]
     lines = []
-    for label, key in zip(
-        region_labels(regions), regions[KEYS].itertuples(index=False, name=None), strict=True
-    ):
-        cells: tuple[Cell | str, ...] = tuple(
-            cell_of(table, key, column) for column, table in tables.items()
-        )
+    for index, (label, key) in enumerate(zip(region_labels(regions), keys, strict=True)):
         texts = [tuple(given[1][key]) if given else () for given in (before, after)]
-        lines.append(Line(label, " ".join(key[:2]), texts[0] + cells + texts[1]))
+        numbers = tuple(column[index] for column in cells)
+        lines.append(Line(label, " ".join(key[:2]), texts[0] + numbers + texts[1]))
     scales = {column.scale or findings.scale for column in tables}
     quantities = {column.quantity for column in tables}
     shown = rows[rows["quantity"].isin(quantities) & rows["scale"].isin(scales)]
@@ -211,15 +211,19 @@ def lookup(rows: pd.DataFrame, column: Column, scale: str) -> pd.DataFrame:
     ].set_index(KEYS)
 
 
-def cell_of(table: pd.DataFrame, key: Any, column: Column) -> Cell | str:
-    """Make the cell of a region, ``–`` where it has no row or no number."""
-    if key not in table.index:
-        return "–"
-    line = table.loc[key]
-    if column.part == "q":
-        return probability(float(line["q"]))
-    value, low, high = (float(line[name]) for name in ("value", "low", "high"))
-    return make_cell(value, low, high, signed=column.signed)
+def cells_at(table: pd.DataFrame, keys: Iterable[Key], column: Column) -> list[Cell | str]:
+    """Make the cells of regions, ``–`` where one has no row or no number."""
+    names = ["q"] if column.part == "q" else ["value", "low", "high"]
+    numbers = dict(zip(table.index, table[names].to_numpy(np.float64), strict=True))
+    cells: list[Cell | str] = []
+    for key in keys:
+        if key not in numbers:
+            cells.append("–")
+        elif column.part == "q":
+            cells.append(probability(float(numbers[key][0])))
+        else:
+            cells.append(make_cell(*numbers[key], signed=column.signed))
+    return cells
 
 
 def probability(value: float) -> str:

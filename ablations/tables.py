@@ -13,7 +13,7 @@ from ablations.region_tables import (
     KEYS,
     Column,
     by_region,
-    cell_of,
+    cells_at,
     change_grid,
     contrast_grid,
     extra_conditions,
@@ -147,9 +147,9 @@ def condition_grid(findings: Findings, encoder: str) -> Grid | None:
             for quantity, signed in zip(quantities, (False, True), strict=True)
         )
         cells = [
-            cell_of(lookup(rows, column, findings.scale), key, column)
+            cell
             for column in (value, change)
-            for key in keys
+            for cell in cells_at(lookup(rows, column, findings.scale), keys, column)
         ]
         lines.append(Line(label, "model" if label == "intact" else "", tuple(cells)))
     return Grid(
@@ -189,10 +189,11 @@ def _side_by_side(title: str, parts: Mapping[str, pd.DataFrame], note: str) -> G
     """Regions by the numbers of several tables."""
     column = Column("", "")
     regions = pd.concat([part.reset_index() for part in parts.values()]).drop_duplicates(KEYS)
-    keys = regions[KEYS].itertuples(index=False, name=None)
+    keys = list(regions[KEYS].itertuples(index=False, name=None))
+    columns = [cells_at(part, keys, column) for part in parts.values()]
     lines = [
-        Line(label, " ".join(key[:2]), tuple(cell_of(p, key, column) for p in parts.values()))
-        for label, key in zip(region_labels(regions), keys, strict=True)
+        Line(label, " ".join(key[:2]), tuple(cells))
+        for label, key, *cells in zip(region_labels(regions), keys, *columns, strict=True)
     ]
     return Grid(title, tuple(parts), tuple(lines), note)
 
@@ -202,10 +203,10 @@ def encoder_grids(findings: Findings, encoder: str) -> list[Grid]:
     found = [
         value_grid(findings, encoder),
         specialisation_grid(findings, encoder),
+        pattern_grid(findings, encoder),
         contrast_grid(findings, encoder),
         gate_grid(findings, encoder),
         scale_grid(findings, encoder),
-        pattern_grid(findings, encoder),
         condition_grid(findings, encoder),
         change_grid(findings, encoder),
         seed_grid(findings, encoder),

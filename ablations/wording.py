@@ -69,7 +69,7 @@ MEANINGS: tuple[MetricFacts, ...] = (
         "T",
         "Feeds the CLS token of one image with the patches of another and asks which of the two "
         "responses the region's prediction is closer to: above 0 that to the patches' image. "
-        "Equals D for a model that adds its streams.",
+        "Expected to equal D for a calibrated model that adds its streams.",
         "0.",
         "D, where the streams add.",
     ),
@@ -135,7 +135,15 @@ def claim_sentences(findings: Findings) -> list[str]:
 def replication_sentences(findings: Findings) -> list[str]:
     """Say in how many subjects the asymmetry has an interval that excludes 0, by encoder."""
     mark = "SIMULATED data, " if findings.test.simulated else ""
-    return [f"{mark}{name}: {count.sentence}" for name, count in findings.replications.items()]
+    sentences = []
+    for name, count in findings.replications.items():
+        text = count.sentence
+        if not (count.positive or count.negative):
+            n = len(count.subjects)
+            whom = f"any of {n} subjects" if n > 1 else "the one subject"
+            text = f"The interval of the asymmetry does not exclude 0 in {whom}."
+        sentences.append(f"{mark}{name}: {text}")
+    return sentences
 
 
 def limits(findings: Findings) -> list[str]:
@@ -173,12 +181,12 @@ def limits(findings: Findings) -> list[str]:
             "No noise ceiling is known, so values are mean R²: regions with noisier responses have "
             "smaller ones, and differences between regions may be differences in noise."
         )
-    trained = [name for name, kind in findings.encoders.items() if kind == "model"]
-    n_seeds = min((len(findings.seeds(name)) for name in trained), default=MIN_SEEDS)
-    if n_seeds < MIN_SEEDS:
+    models = [name for name, kind in findings.encoders.items() if kind == "model"]
+    few = [name for name in models if len(findings.seeds(name)) < MIN_SEEDS]
+    if few:
         sentences.append(
-            f"{_seeds(n_seeds)} trained: intervals cover the test images"
-            f"{' and hardly' if n_seeds > 1 else ', not'} the training of another network."
+            f"Fewer than {MIN_SEEDS} seeds of {', '.join(few)} were trained: intervals cover the "
+            "test images, and hardly the training of another network."
         )
     if "linear" not in findings.encoders.values():
         sentences.append(
@@ -212,10 +220,6 @@ def calibration(findings: Findings) -> str:
             "large an asymmetry noise and unequal streams alone would give."
         )
     return text.rstrip()
-
-
-def _seeds(n: int) -> str:
-    return "One seed was" if n == 1 else f"{n} seeds were"
 
 
 def agreement(parts: Mapping[str, pd.DataFrame], first: str, second: str) -> str:

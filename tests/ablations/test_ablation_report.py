@@ -241,3 +241,14 @@ def test_the_terminal_shows_regions_claims_and_replication(subject):
     assert "double dissociation" in text
     assert "1 of 1 subjects" in text
     assert "SIMULATED · Value of each coalition: stage 1" in text
+
+
+def test_without_an_asymmetry_nothing_is_said_to_replicate(subject):
+    one, two = subject(shares=(0.5,) * 4), subject("subj02", (0.5,) * 4, seed=1)
+    for found, whom in (([one], "in the one subject"), ([one, two], "in any of 2 subjects")):
+        rows = found[0].effects.frame.query("quantity == 'asymmetry' and scale == 'ceiling'")
+        assert (rows["low"] < 0).all()
+        assert (rows["high"] > 0).all()
+        told = wording.replication_sentences(judged(found)[0])
+        assert len(told) == 2
+        assert all("more local" not in text and whom in text for text in told)

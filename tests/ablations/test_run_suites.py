@@ -186,6 +186,12 @@ def test_a_suite_for_a_stage_2_refuses_a_stage_1(run):
         run_suite(read_suite(find_suite("routes")), [run], run / "x", QUICK)
 
 
+def test_a_map_that_does_not_fit_is_refused(opened, monkeypatch):
+    monkeypatch.setattr("ablations.passes.MAP_BYTES", 1000)
+    with pytest.raises(ConfigError, match="residualise: the map from 1 CLS tokens"):
+        passes_of(opened).predict([Intervention("features.patches", "residualise")])
+
+
 def test_a_model_without_separate_streams_is_told_what_fits(toy_dataset, opened):
     encoder = "chasm.models.token_models.MLPEncoder"
     more = ["--model.init_args.encoder.class_path", encoder]

@@ -52,6 +52,15 @@ MODULES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors are tiny here: threads only wait for each other, for a minute on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def module_of():
     """Make a model by its name, in eval mode; every part of it has an effect on what it gives."""
