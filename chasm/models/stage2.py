@@ -240,9 +240,13 @@ class MambaVAE(VoxelDecoder):
         self.amplitude: Amplitude | None = None
         if amplitude:
             self.amplitude = Amplitude(d_model, d_amplitude, amplitude_bound)
-        self.latent_site = Site("stage2.latent")
-        self.holistic_site = Site("stage2.holistic")
-        self.residual_site = Site("stage2.residual")
+        # A model has a site only where it has the part.
+        if self.latent is not None:
+            self.latent_site = Site("stage2.latent")
+        if self.holistic is not None:
+            self.holistic_site = Site("stage2.holistic")
+        if self.residual is not None:
+            self.residual_site = Site("stage2.residual")
 
     def streams(self, cls: Tensor, patches: Tensor) -> dict[str, Tensor]:
         """Give the parts of the visual token; see `VoxelDecoder.streams`."""

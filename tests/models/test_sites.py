@@ -7,7 +7,9 @@ from chasm.models.linear_path import LinearPath
 from chasm.models.published import PublishedEncoder
 from chasm.models.sites import Site, sites_of
 from chasm.models.stage1 import DualStreamEncoder
+from chasm.models.stage2 import MambaVAE
 from chasm.models.token_models import MLPEncoder
+from chasm.parcellation import make_parcellation
 
 SIZES = (10, 2, 7, 12, 5)
 SMALL = {"d_model": 8, "global_blocks": 1, "local_blocks": 1, "d_state": 2}
@@ -55,6 +57,15 @@ def test_a_pass_can_be_cut_at_the_streams(make):
         assert {n: s.stream for n, s in sites_of(model).items()} == {
             "global.out": "global", "local.out": "local", "gate": None,
         }  # fmt: skip
+
+
+def test_a_stage_2_has_the_sites_of_its_parts_only():
+    parcellation = make_parcellation("sequential", n_voxels=12, size=4)
+    small = {"d_model": 8, "encoder_blocks": 0, "decoder_blocks": 0, "n_queries": 2}
+    whole = sites_of(MambaVAE(*SIZES[:4], parcellation, **small, head="query"))
+    bare = sites_of(MambaVAE(*SIZES[:4], parcellation, **small, head="none", d_latent=0))
+    assert set(whole) - set(bare) == {"stage2.latent", "stage2.holistic"}
+    assert {"stage2.cls", "stage2.patches", "stage2.visual", "stage2.residual"} == set(bare)
 
 
 def test_the_closed_form_is_cut_into_its_two_parts():
