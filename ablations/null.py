@@ -75,7 +75,8 @@ def subject_null(
         np.concatenate([part.level for part in parts]),
         {scale: np.concatenate([part.asymmetry[scale] for part in parts]) for scale in SCALES},
     )
-    write_json(path, {"level": _plain(null.level)} | {s: _plain(v) for s, v in _scales(null)})
+    scales = {scale: _plain(values) for scale, values in null.asymmetry.items()}
+    write_json(path, {"level": _plain(null.level)} | scales)
     return null
 
 
@@ -104,10 +105,6 @@ def _key(test: TestSet, sizes: Sizes, n: int, seed: int) -> str:
     regions = {region_key(r): r.weights.tolist() for r in test.regions if region_key(r) in kept}
     facts = [FORMAT_VERSION, asdict(sizes), n, seed, test.early, test.higher, test.nc_threshold]
     return digest([facts, regions, test.ceiling.tolist()], 16)
-
-
-def _scales(null: NullWorlds) -> Iterator[tuple[str, Any]]:
-    yield from null.asymmetry.items()
 
 
 def _plain(values: Any) -> list[float | None]:

@@ -37,7 +37,7 @@ from chasm.evaluation.bootstrap import check_resamples
 from chasm.evaluation.page import Surroundings
 from chasm.evaluation.reading import OpenedRun, note_reading, open_run
 from chasm.evaluation.testing import volume_of
-from chasm.io import digest, sha256_of_file
+from chasm.io import digest, sha256_of_file, write_json
 from chasm.pipeline import prepare_recipe
 from chasm.training.linear_module import LinearModule
 from chasm.training.runs import fit, read_provenance
@@ -125,7 +125,7 @@ def run_suite(suite: Suite, runs: Sequence[Path], out: Path, options: Options) -
     write_report(out, found)
     show(found)
     # Last, so that it stands for a whole report.
-    (out / "suite.json").write_text(json.dumps(signature), encoding="utf-8")
+    write_json(out / "suite.json", signature)
     return page
 
 
