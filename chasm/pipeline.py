@@ -17,7 +17,7 @@ from chasm.features.backbones import create_backbone
 from chasm.features.cache import TokenCache
 from chasm.features.extract import check_pixels, extract
 from chasm.training.recipes import Recipe
-from chasm.training.runs import fit
+from chasm.training.runs import fit, is_main_process
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +123,8 @@ def run_recipe(
     recipe = prepare_recipe(args, nsd=nsd, simulated=simulated, version=version, mask=mask)
     log.info("step: fit")
     run = fit(recipe, fresh=fresh)
+    if not is_main_process(recipe):
+        return run
     log.info("step: test")
     score_run(run, n_boot=n_boot, fresh=fresh, by="chasm run")
     return run

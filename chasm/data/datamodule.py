@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from chasm.data.batches import Batch, EncodingDataset, EpochShuffle, whole_batch
-from chasm.data.splits import Split, make_split, training_statistics
+from chasm.data.splits import FewShot, Split, few_shot, make_split, training_statistics
 from chasm.data.store import SubjectStore
 from chasm.errors import ConfigError, DataError
 from chasm.features.backbones import BackboneSpec
@@ -99,6 +99,9 @@ class NSDDataModule(L.LightningDataModule):
         Loader processes; 0 fetches in the main process, which is fast for memory maps.
     seed
         Seed of the order of the train images.
+    few_shot
+        Train and validate on so few of the train images; null uses the whole split. Session
+        statistics stay those of all train trials, so that responses mean the same at any number.
     """
 
     def __init__(
@@ -114,6 +117,7 @@ class NSDDataModule(L.LightningDataModule):
         batch_size: int = 32,
         num_workers: int = 0,
         seed: int = 0,
+        few_shot: FewShot | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
@@ -130,6 +134,7 @@ class NSDDataModule(L.LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
+        self.few_shot = few_shot
 
     # What the files say, read when first asked for.
 
@@ -159,6 +164,14 @@ class NSDDataModule(L.LightningDataModule):
     @cached_property
     def data_split(self) -> Split:
         """Train, validation and test images."""
+        if self.few_shot is None:
+            return self.full_split
+        presented = self.store.trials["image_id"].to_numpy()
+        return few_shot(self.full_split, self.few_shot, presented)
+
+    @cached_property
+    def full_split(self) -> Split:
+        """The split before any of its train images are left out."""
         name = self.split_name
         if name == "auto":
             name = "clean" if bool(self.store.images.shared.any()) else "seeded"
@@ -208,7 +221,7 @@ class NSDDataModule(L.LightningDataModule):
         """Session mean and standard deviation, each (sessions, voxels), as `statistics` says."""
         if self.statistics == "all":
             return self.store.normalisation("all")
-        return training_statistics(self.store, self.data_split)
+        return training_statistics(self.store, self.full_split)
 
     def token_statistics(self, block_bytes: int = 2**25) -> TokenStatistics:
         """Per-channel statistics of the train images' tokens: float64 sums over small blocks."""
@@ -255,12 +268,21 @@ class NSDDataModule(L.LightningDataModule):
 
     def dataset(
         self,
-        part: Literal["train", "validation", "test"],
+        part: Literal["train", "validation", "test", "given"],
         samples: Literal["image_means", "trials"] = "image_means",
     ) -> EncodingDataset:
-        """Images of one part of the split; repeats are averaged unless `samples` says otherwise."""
+        """Images of one part of the split; repeats are averaged unless `samples` says otherwise.
+
+        ``given`` is what a fit without validation set may use: the train images or, with few
+        shots, all of those, validation included.
+        """
         mean, std = self.normalisation
-        ids = getattr(self.data_split, part)
+        split = self.data_split
+        if part == "given":
+            few = self.few_shot is not None
+            ids = np.concatenate([split.train, split.validation]) if few else split.train
+        else:
+            ids = getattr(split, part)
         return EncodingDataset(self.store, self.tokens, ids, mean, std, samples)
 
     def _loader(self, data: EncodingDataset, sampler: Sampler[int] | None) -> DataLoader[Batch]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -147,27 +148,82 @@ def seeded_parts(
     return np.sort(train), np.sort(validation), np.sort(test)
 
 
-def few_shot(split: Split, n: int, seed: int) -> Split:
-    """Keep `n` train images, drawn at random; smaller sets of a seed are inside larger ones.
+@dataclass(frozen=True)
+class FewShot:
+    """How few of a subject's train images are used, validation included.
+
+    Parameters
+    ----------
+    n
+        Images; null takes all train images.
+    draw
+        Number of the random draw. Smaller sets of a draw are inside larger ones.
+    order
+        ``random``, or ``presentation``: the first `n` images that the subject saw, as in a
+        first session.
+    validation
+        Share of the `n` images that selects the checkpoint, at least two of them. The shared
+        validation images of the split are not used.
+    """
+
+    n: int | None = None
+    draw: int = 0
+    order: Literal["random", "presentation"] = "random"
+    validation: float = 0.2
+
+
+LEAST_SHOTS = 8
+"""Fewest images: cross-validation, and a validation set, need some."""
+
+
+def few_shot(split: Split, chosen: FewShot, presented: np.ndarray | None = None) -> Split:
+    """Keep `n` train images, and take the validation images from among them.
+
+    Parameters
+    ----------
+    split
+        Of which the test images stay as they are.
+    chosen
+        Which images.
+    presented
+        Image ids in the order of the trials, for ``order: presentation``.
 
     Raises
     ------
     ConfigError
-        If `n` is not between 1 and the number of train images.
+        If `n` is below `LEAST_SHOTS` or above the number of train images, or the share of
+        validation is not between 0 and 1.
     """
-    if not 1 <= n <= len(split.train):
+    available = len(split.train)
+    n = available if chosen.n is None else chosen.n
+    if not LEAST_SHOTS <= n <= available:
         raise ConfigError(
-            "few_shot.n", f"{n} of {len(split.train)} train images", "Ask for fewer, at least 1"
+            "data.few_shot.n",
+            f"{n} of {available} train images",
+            f"Ask for {LEAST_SHOTS} to {available}",
         )
-    return replace(split, train=np.random.default_rng(seed).permutation(split.train)[:n])
+    if not 0 < chosen.validation < 1:
+        raise ConfigError(
+            "data.few_shot.validation", f"{chosen.validation} is no share", "Use e.g. 0.2"
+        )
+    rng = np.random.default_rng((chosen.draw, 0))
+    if chosen.order == "random":
+        kept = rng.permutation(split.train)[:n]
+    else:
+        assert presented is not None
+        own = presented[np.isin(presented, split.train)]
+        images, first = np.unique(own, return_index=True)
+        kept = np.random.default_rng((chosen.draw, 1)).permutation(images[np.argsort(first)][:n])
+    n_validation = min(n - 2, max(2, round(chosen.validation * n)))
+    return replace(split, train=kept[n_validation:], validation=kept[:n_validation])
 
 
 def training_statistics(store: SubjectStore, split: Split) -> tuple[np.ndarray, np.ndarray]:
     """Session statistics that no validation or test trial has touched.
 
     The store's own train statistics are used when they come from exactly the split's train
-    images (the clean split; the seeded split of an array store); else, also for a few-shot
-    subset, they are computed from the trials of the split's train images.
+    images (the clean split; the seeded split of an array store); else they are computed from
+    the trials of the split's train images.
 
     Returns
     -------

@@ -20,7 +20,8 @@ from chasm.noise_ceiling import unit_ncsnr
 from chasm.parcellation import Aggregation, Parcellation
 from chasm.training.base import EncodingModule
 from chasm.training.recipes import Recipe
-from chasm.training.runs import is_finished, load, read_provenance
+from chasm.training.run_files import is_finished, read_provenance
+from chasm.training.runs import load
 
 BLOCK = 256
 """Images, or trials, whose voxels are in memory at once."""

@@ -20,7 +20,8 @@ from chasm.evaluation.predictions import PredictionFile
 from chasm.evaluation.reading import check_same, note_reading, open_run
 from chasm.evaluation.tables import show
 from chasm.training.base import EncodingModule
-from chasm.training.runs import load, read_provenance
+from chasm.training.run_files import read_provenance
+from chasm.training.runs import load
 
 log = logging.getLogger(__name__)
 

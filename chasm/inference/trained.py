@@ -20,7 +20,7 @@ from chasm.inference.space import VoxelSpace
 from chasm.io import sha256_of_file
 from chasm.training.base import EncodingModule
 from chasm.training.checkpoints import load_module
-from chasm.training.runs import is_finished, read_provenance
+from chasm.training.run_files import is_finished, read_provenance
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ a recipe never holds them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -73,6 +73,9 @@ class EncodingModule(L.LightningModule):
 
     needs_stage1 = False
     """Whether it builds on a trained Stage 1."""
+
+    needs_source = False
+    """Whether it starts from a Stage 1 of other subjects."""
 
     linear_name = "linear"
     """Beginning of the names of the closed form's sites."""
@@ -234,6 +237,16 @@ class EncodingModule(L.LightningModule):
             This model builds on none.
         """
         raise ConfigError("stage1", f"{self.row_name} builds on no Stage 1", "Leave the key out.")
+
+    def take_source(self, sources: Sequence[EncodingModule]) -> None:
+        """Start from Stage 1 models of other subjects, of one backbone, before `build`.
+
+        Raises
+        ------
+        ConfigError
+            This model starts from none.
+        """
+        raise ConfigError("source", f"{self.row_name} starts from nothing", "Leave the key out.")
 
     # Predicting.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,22 +14,49 @@ from typing import Any
 import torch
 
 from chasm.data.datamodule import NSDDataModule
+from chasm.data.subjects import SubjectsDataModule
 from chasm.training.recipes import Recipe
 
 PACKAGES = (
-    "chasm-fmri", "torch", "lightning", "timm", "torchmetrics", "himalaya", "plenoptic",
+    "chasm-fmri", "torch", "lightning", "timm", "torchmetrics", "himalaya", "plenoptic", "peft",
+    "optuna",
     "nilearn", "numpy", "h5py", "mamba-ssm", "causal-conv1d",
 )  # fmt: skip
 
 
-def provenance(recipe: Recipe, data: NSDDataModule) -> dict[str, Any]:
-    """Everything needed to say where a result comes from, as plain types."""
-    store, tokens = data.store, data.tokens
-    split = data.data_split
+def provenance(recipe: Recipe, data: NSDDataModule | SubjectsDataModule) -> dict[str, Any]:
+    """Everything needed to say where a result comes from, as plain types.
+
+    For subjects trained together, what is of a subject is under ``subjects``, by name.
+    """
+    if isinstance(data, SubjectsDataModule):
+        parts = {name: facts_of_subject(part) for name, part in data.parts.items()}
+        simulated = any(part["simulated"] for part in parts.values())
+        own: dict[str, Any] = {"simulated": simulated, "subjects": parts}
+    else:
+        own = facts_of_subject(data)
     return {
         "command": ["chasm", *sys.argv[1:]],
         "recipe": recipe.name,
         "seed": recipe.seed,
+        **own,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git_revision": git_revision(),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "hardware": {
+            "platform": platform.platform(),
+            "processor": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "processes": recipe.n_processes,
+            "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+    }
+
+
+def facts_of_subject(data: NSDDataModule) -> dict[str, Any]:
+    """Say which store, tokens and images of a subject were used."""
+    store, tokens, split = data.store, data.tokens, data.data_split
+    return {
         "simulated": store.simulated,
         "dataset": store.dataset,
         "subject": store.subject,
@@ -44,15 +72,7 @@ def provenance(recipe: Recipe, data: NSDDataModule) -> dict[str, Any]:
             "name": split.name, "train": len(split.train),
             "validation": len(split.validation), "test": len(split.test),
         },
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git_revision": git_revision(),
-        "versions": {"python": platform.python_version(), **_versions()},
-        "hardware": {
-            "platform": platform.platform(),
-            "processor": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
+        "few_shot": None if data.few_shot is None else asdict(data.few_shot),
     }  # fmt: skip
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Literal, Optional, Union
 
 import lightning as L
 import torch
@@ -17,7 +18,8 @@ import yaml
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from chasm.data.datamodule import NSDDataModule
+from chasm.data.datamodule import NSDDataModule, subject_name
+from chasm.data.subjects import SubjectsDataModule
 from chasm.errors import ChasmError, ConfigError
 from chasm.training.base import EncodingModule
 
@@ -26,6 +28,9 @@ STAGE1_DATA = (
     "num_workers",
 )  # fmt: skip
 """Data settings that a Stage 1 takes from the Stage 2 that it is trained for."""
+
+SOURCE_DATA = tuple(key for key in STAGE1_DATA if key != "subject")
+"""Data settings that a source takes from the adapter that it is trained for."""
 
 
 @dataclass
@@ -70,8 +75,9 @@ class Recipe(LightningCLI):
                 self._parse(args)
         except ArgumentError as error:
             raise _one_line(error, args) from error
-        if self.config["stage1"] is not None:
-            self.config["stage1"] = _absolute(self.config["stage1"], args)
+        for key in ("stage1", "source"):
+            if self.config[key] is not None:
+                self.config[key] = _absolute(self.config[key], args)
 
     def _parse(self, args: Sequence[str]) -> None:
         super().__init__(
@@ -101,6 +107,20 @@ class Recipe(LightningCLI):
             default=None,
             help="What a Stage 2 builds on: a recipe (trained when needed), a run or a checkpoint; "
             "relative to the working folder or to the recipe that names it.",
+        )
+        parser.add_argument(
+            "--source",
+            type=Optional[str],  # noqa: UP045 (read by jsonargparse)
+            default=None,
+            help="What an adapter starts from: a recipe (trained when needed on `subjects`), a "
+            "run or a checkpoint of a Stage 1, found as `stage1` is.",
+        )
+        parser.add_argument(
+            "--subjects",
+            type=Optional[list[Union[int, str]]],  # noqa: UP007, UP045
+            default=None,
+            help="Subjects that one Stage 1 is trained on together, e.g. [1,2,5]: this recipe's, "
+            "or with `source` the source's.",
         )
         parser.add_class_arguments(Selection, "selection")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
@@ -134,10 +154,47 @@ class Recipe(LightningCLI):
         """
         if self.config["stage1"] is None:
             return None
-        path = Path(self.config["stage1"])
+        return self._path("stage1")
+
+    @property
+    def source(self) -> Path | None:
+        """Recipe, run or checkpoint of the Stage 1 that an adapter starts from.
+
+        Raises
+        ------
+        ConfigError
+            It is not there. (A trained run needs it no more.)
+        """
+        return None if self.config["source"] is None else self._path("source")
+
+    @property
+    def subjects(self) -> list[str] | None:
+        """Subjects trained on together, by the names of their stores; None: `data.subject` alone.
+
+        Raises
+        ------
+        ConfigError
+            None is named, or one twice.
+        """
+        if self.config["subjects"] is None:
+            return None
+        names = [subject_name(subject) for subject in self.config["subjects"]]
+        if not names or len(set(names)) < len(names):
+            raise ConfigError(
+                "subjects", f"found {self.config['subjects']}", "Name every subject once."
+            )
+        return names
+
+    @property
+    def trains_together(self) -> bool:
+        """Whether this recipe trains one backbone on several subjects, with a head for each."""
+        return self.subjects is not None and self.config["source"] is None
+
+    def _path(self, key: str) -> Path:
+        path = Path(self.config[key])
         if not path.exists():
             what = "Name a recipe, a run or a checkpoint."
-            raise ConfigError("stage1", f"{str(path)!r} is not there", what)
+            raise ConfigError(key, f"{str(path)!r} is not there", what)
         return path
 
     def stage1_recipe(self) -> Recipe:
@@ -145,14 +202,42 @@ class Recipe(LightningCLI):
 
         Its samples, batches and epochs are its own.
         """
+        return Recipe(["-c", str(self.stage1), *self._handed_on(STAGE1_DATA)])
+
+    def source_recipe(self) -> Recipe:
+        """Give the recipe of the source, on `subjects` and the same tokens, split and seed.
+
+        Raises
+        ------
+        ConfigError
+            The recipe does not say on which subjects.
+        """
+        if self.subjects is None:
+            what = "Name them, e.g. --subjects [1,2]."
+            raise ConfigError("subjects", "the source's subjects are not named", what)
+        subjects = json.dumps(self.config["subjects"])
+        return Recipe(
+            ["-c", str(self.source), "--subjects", subjects, *self._handed_on(SOURCE_DATA)]
+        )
+
+    def for_subject(self, subject: str) -> Recipe:
+        """Give the recipe of one of the subjects trained together, as if it were trained alone."""
+        settings = self.settings() | {"subjects": None}
+        settings["data"]["subject"] = subject
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "recipe.yaml"
+            path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+            return Recipe(["-c", str(path)])
+
+    def _handed_on(self, keys: Sequence[str]) -> list[str]:
         settings = self.settings()
-        data = settings["data"]
-        args = ["-c", str(self.stage1), "--runs", self.runs, "--seed_everything", str(self.seed)]
-        for key in STAGE1_DATA:
-            value = data[key]
+        args = ["--runs", self.runs, "--seed_everything", str(self.seed)]
+        for key in keys:
+            value = settings["data"][key]
             args += [f"--data.{key}", value if isinstance(value, str) else json.dumps(value)]
-        args += ["--trainer.accelerator", settings["trainer"]["accelerator"]]
-        return Recipe(args)
+        for key in ("accelerator", "devices", "num_nodes", "strategy"):
+            args += [f"--trainer.{key}", str(settings["trainer"][key])]
+        return args
 
     @property
     def selection(self) -> Selection:
@@ -163,6 +248,13 @@ class Recipe(LightningCLI):
         """Make the data module."""
         return self._instantiate("data")
 
+    def make_subjects(self) -> SubjectsDataModule:
+        """Make the data module of the subjects that are trained together."""
+        assert self.subjects is not None
+        return SubjectsDataModule(
+            {name: self.for_subject(name).make_data() for name in self.subjects}
+        )
+
     def make_model(self) -> EncodingModule:
         """Make the model (unbuilt: its sizes come from the data)."""
         if self.config["model"] is None:
@@ -172,26 +264,49 @@ class Recipe(LightningCLI):
     def make_trainer(self, **overrides: Any) -> L.Trainer:
         """Make the trainer; `overrides` win over the recipe.
 
-        One device is used, CUDA where there is one, else the CPU (metrics need float64, which
-        MPS does not have).
-
-        Raises
-        ------
-        ConfigError
-            The recipe asks for several devices or nodes.
+        One device is used unless `devices` or `num_nodes` say otherwise: CUDA where there is one,
+        else the CPU (metrics need float64, which MPS does not have). Several train by DDP, and
+        `data.batch_size` is the number of images that all of them take in a step.
         """
         settings = self._instantiate("trainer")
         callbacks = list(settings.pop("callbacks", None) or []) + overrides.pop("callbacks", [])
         options = {**vars(settings), **overrides, "callbacks": callbacks}
-        for key in ("devices", "num_nodes"):
-            if options[key] not in ("auto", 1, "1", [0]):
-                raise ConfigError(
-                    f"trainer.{key}", f"{options[key]!r}: training runs on one device", "Use 1."
-                )
-        options["devices"] = 1
+        if options["devices"] == "auto":
+            options["devices"] = 1
         if options["accelerator"] == "auto":
             options["accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.n_processes > 1 and options["strategy"] == "auto":
+            # Parts that a recipe leaves out of the loss, contrastive heads say, have no gradient.
+            options["strategy"] = "ddp_find_unused_parameters_true"
+        # The data module's samplers know of processes, and repeat no image to fill a batch.
+        options["use_distributed_sampler"] = False
         return L.Trainer(**options)
+
+    @property
+    def n_processes(self) -> int:
+        """Processes that train together: devices times nodes.
+
+        Raises
+        ------
+        ConfigError
+            `trainer.devices` is no number and no list of devices.
+        """
+        trainer = self.settings()["trainer"]
+        devices = trainer["devices"]
+        if isinstance(devices, str):
+            if devices not in ("auto", "1") and not re.fullmatch(r"[1-9]\d*|\d+(,\d+)+,?", devices):
+                raise ConfigError(
+                    "trainer.devices", f"found {devices!r}", "Give a number, or a list like [0,1]."
+                )
+            numbers = [int(d) for d in devices.split(",") if d.isdigit()]
+            count = len(numbers) if "," in devices else (numbers or [1])[0]
+        elif isinstance(devices, int):
+            count = devices
+        else:
+            count = len(devices)
+        if count < 1:
+            raise ConfigError("trainer.devices", f"found {devices!r}", "Give 1 or more.")
+        return count * int(trainer["num_nodes"])
 
     def _only(self, part: str) -> Any:
         config = self.config.clone()

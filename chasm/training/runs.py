@@ -7,29 +7,34 @@ finished, it is current; interrupted, it goes on from the last whole epoch.
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import pandas as pd
+import torch
 from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from chasm.data.datamodule import NSDDataModule, subject_name
+from chasm.data.subjects import SubjectsDataModule
 from chasm.errors import ConfigError, DataError, TrainingError
-from chasm.io import atomic_path, digest, sha256_of_file, write_json, write_text
+from chasm.io import digest, sha256_of_file, write_json, write_text
 from chasm.progress import console
 from chasm.training.base import EncodingModule
 from chasm.training.callbacks import FiniteValidation, SeededSteps, progress_callback
 from chasm.training.checkpoints import load_module, read_checkpoint
+from chasm.training.joint import JointModule, subject_runs, write_subject_runs
+from chasm.training.modules import Stage1Module
 from chasm.training.provenance import provenance
 from chasm.training.recipes import Recipe
+from chasm.training.run_files import is_finished, merge_metrics, read_provenance
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +54,9 @@ RECIPES = (".yaml", ".yml")
 RESULT_VERSION = 2
 """Part of a run's digest: raised when a change of the code changes what training gives."""
 
+TrainingData = NSDDataModule | SubjectsDataModule
+"""What a recipe trains on."""
+
 
 class RunInterruptedError(TrainingError):
     """Training was stopped from outside before its end."""
@@ -62,18 +70,34 @@ class RunInterruptedError(TrainingError):
         self.exit_status = 128 + by
 
 
-def run_folder(recipe: Recipe, data: NSDDataModule) -> Path:
+def training_data(recipe: Recipe) -> TrainingData:
+    """Make the data module of what a recipe trains on: one subject, or several together."""
+    return recipe.make_subjects() if recipe.trains_together else recipe.make_data()
+
+
+def run_folder(recipe: Recipe, data: TrainingData) -> Path:
     """Folder of the run that this recipe makes on these data."""
     settings = recipe.settings()
     settings.pop("runs", None)
+    for part, key in ((settings, "subjects"), (settings, "source"), (settings["data"], "few_shot")):
+        if part[key] is None:  # as before there was this key
+            part.pop(key)
     for part, keys in _WITHOUT_EFFECT.items():
         for key in keys:
             settings[part].pop(key, None)
     settings["result_version"] = RESULT_VERSION
-    settings["store"] = data.store.fingerprint
-    settings["tokens"] = data.tokens.fingerprint
+    if isinstance(data, SubjectsDataModule):
+        settings["data"].pop("subject")
+        settings["store"] = [part.store.fingerprint for part in data.parts.values()]
+        settings["tokens"] = [part.tokens.fingerprint for part in data.parts.values()]
+    else:
+        settings["store"] = data.store.fingerprint
+        settings["tokens"] = data.tokens.fingerprint
     if recipe.stage1 is not None:
         settings["stage1"] = sha256_of_file(stage1_checkpoint(recipe))
+    if recipe.source is not None:
+        settings["source"] = [sha256_of_file(path) for path in source_checkpoints(recipe)]
+        settings.pop("subjects", None)  # the source's, which its checkpoint tells
     subject = subject_name(data.subject)
     return (
         Path(recipe.runs) / data.dataset_dir.name / subject / f"{recipe.name}-{digest(settings, 8)}"
@@ -90,8 +114,27 @@ def stage1_checkpoint(recipe: Recipe) -> Path:
     """
     source = recipe.stage1
     assert source is not None
+    return _checkpoint(fit(recipe.stage1_recipe()) if source.suffix in RECIPES else source)
+
+
+def source_checkpoints(recipe: Recipe) -> list[Path]:
+    """Checkpoints of the Stage 1 that an adapter starts from; a recipe is trained if need be.
+
+    Of subjects trained together there is one of each: one backbone, and every subject's head.
+
+    Raises
+    ------
+    DataError
+        What the recipe names is neither a recipe, nor a finished run, nor a checkpoint.
+    """
+    source = recipe.source
+    assert source is not None
     if source.suffix in RECIPES:
-        source = fit(recipe.stage1_recipe())
+        source = fit(recipe.source_recipe())
+    return [_checkpoint(run) for run in subject_runs(source) or [source]]
+
+
+def _checkpoint(source: Path) -> Path:
     if source.is_dir():
         if not is_finished(source):
             raise DataError(source, "is no finished run", "Train it to its end with `chasm fit`.")
@@ -99,10 +142,20 @@ def stage1_checkpoint(recipe: Recipe) -> Path:
     return source
 
 
-def fit(recipe: Recipe, *, fresh: bool = False) -> Path:
+def fit(recipe: Recipe, *, fresh: bool = False, callbacks: Sequence[L.Callback] = ()) -> Path:
     """Train what the recipe says and return the run's folder.
 
-    A finished run is left as it is, an interrupted one goes on; `fresh` starts again.
+    A finished run is left as it is, an interrupted one goes on; `fresh` starts again. Where a
+    recipe asks for several processes, every one of them calls this, and the first one writes.
+
+    Parameters
+    ----------
+    recipe
+        What to train.
+    fresh
+        Start again.
+    callbacks
+        Further ones; none of them may change the result, which the run's name does not tell.
 
     Raises
     ------
@@ -114,39 +167,52 @@ def fit(recipe: Recipe, *, fresh: bool = False) -> Path:
         The data cannot be used, or another process trains the same run.
     """
     _check_before(recipe)
-    data = recipe.make_data()
+    data = training_data(recipe)
     run = run_folder(recipe, data)
     if not fresh and is_finished(run):
         revision = read_provenance(run).get("git_revision")
         log.info("run is current: %s (trained at revision %s)", run, revision)
         return run
+    if not is_main_process(recipe):
+        return _train(recipe, data, run, callbacks)
     run.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(run / ".lock", timeout=0):
-            return _fit_locked(recipe, data, run, fresh)
+            return _fit_locked(recipe, data, run, fresh, callbacks)
     except Timeout as error:
         raise ConfigError(
             run, "another process is training this run", "Wait for it, or change the seed."
         ) from error
 
 
-def _fit_locked(recipe: Recipe, data: NSDDataModule, run: Path, fresh: bool) -> Path:
-    last = run / "checkpoints" / "last.ckpt"
+def is_main_process(recipe: Recipe) -> bool:
+    """Whether this is the process that writes: the only one, or the first of several."""
+    return recipe.n_processes == 1 or int(getattr(rank_zero_only, "rank", 0) or 0) == 0
+
+
+def _fit_locked(
+    recipe: Recipe, data: TrainingData, run: Path, fresh: bool, callbacks: Sequence[L.Callback]
+) -> Path:
     if fresh:
         for old in [*run.glob("checkpoints/*.ckpt"), *run.glob("logs/*/metrics.csv")]:
             old.unlink()
+    return _train(recipe, data, run, callbacks)
+
+
+def _train(recipe: Recipe, data: TrainingData, run: Path, callbacks: Sequence[L.Callback]) -> Path:
+    writes = is_main_process(recipe)
+    last = run / "checkpoints" / "last.ckpt"
     data.setup("fit")
     L.seed_everything(recipe.seed, workers=True, verbose=False)
-    model = recipe.make_model()
-    if recipe.stage1 is not None:
-        model.take_stage1(load_module(stage1_checkpoint(recipe)))
+    model = _make_model(recipe)
     resume = last if last.is_file() else None
     if resume is not None:
         read_checkpoint(resume)
         log.info("going on from %s", resume)
-    write_text(run / "config.yaml", recipe.resolved())
-    facts = provenance(recipe, data)
-    write_json(run / "provenance.json", facts | {"status": "running"})
+    facts = provenance(recipe, data) if writes else {}
+    if writes:
+        write_text(run / "config.yaml", recipe.resolved())
+        write_json(run / "provenance.json", facts | {"status": "running"})
     attempt = len(list((run / "logs").glob("attempt-*")))
     trainer = recipe.make_trainer(
         default_root_dir=str(run),
@@ -154,7 +220,7 @@ def _fit_locked(recipe: Recipe, data: NSDDataModule, run: Path, fresh: bool) -> 
             CSVLogger(run, name="logs", version=f"attempt-{attempt}"),
             TensorBoardLogger(run, name="tensorboard", version="", default_hp_metric=False),
         ],
-        callbacks=_callbacks(recipe, run),
+        callbacks=[*_callbacks(recipe, run), *callbacks],
         enable_model_summary=False,
         enable_progress_bar=console.is_terminal,
     )
@@ -166,16 +232,46 @@ def _fit_locked(recipe: Recipe, data: NSDDataModule, run: Path, fresh: bool) -> 
         raise RunInterruptedError(run, trainer.current_epoch, by) from stop
     finally:
         signal.signal(signal.SIGINT, interrupt)
-        merge_metrics(run)
-    facts["trained"] = _trained(trainer, model)
-    facts["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
-    write_json(run / "provenance.json", facts | {"status": "finished"})
+        if writes:
+            merge_metrics(run)
+    if writes:
+        facts["trained"] = _trained(trainer, model)
+        facts["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
+        if isinstance(data, SubjectsDataModule):
+            write_subject_runs(run, recipe, data, facts)
+        write_json(run / "provenance.json", facts | {"status": "finished"})
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()  # nobody asks whether the run is finished before it is
     return run
+
+
+def _make_model(recipe: Recipe) -> L.LightningModule:
+    if recipe.trains_together:
+        assert recipe.subjects is not None
+        return JointModule({name: _stage1_of(recipe) for name in recipe.subjects})
+    model = recipe.make_model()
+    if recipe.stage1 is not None:
+        model.take_stage1(load_module(stage1_checkpoint(recipe)))
+    if recipe.source is not None:
+        model.take_source([load_module(path) for path in source_checkpoints(recipe)])
+    return model
+
+
+def _stage1_of(recipe: Recipe) -> Stage1Module:
+    model = recipe.make_model()
+    if not isinstance(model, Stage1Module):
+        raise ConfigError(
+            "subjects", f"{model.row_name} is no Stage 1", "Train models of parcels together."
+        )
+    return model
 
 
 def _check_before(recipe: Recipe) -> None:
     """Find what cannot work before anything is trained: the monitor and the Stage 1."""
     model, monitor = recipe.make_model(), recipe.selection.monitor
+    _check_source(recipe, model)
+    if recipe.trains_together:
+        _stage1_of(recipe)
     if monitor not in model.monitors:
         known = f"Use one of: {', '.join(model.monitors)}."
         raise ConfigError("selection.monitor", f"{monitor!r} is not logged", known)
@@ -191,6 +287,22 @@ def _check_before(recipe: Recipe) -> None:
         raise ConfigError("stage1", f"{source.name} is no Stage 1", "Name a model of parcels.")
 
 
+def _check_source(recipe: Recipe, model: EncodingModule) -> None:
+    source = recipe.source
+    if source is None and model.needs_source:
+        problem = f"{model.row_name} starts from a trained Stage 1"
+        raise ConfigError("source", problem, "Name its recipe, run or checkpoint.")
+    if source is not None and not model.needs_source:
+        raise ConfigError("source", f"{model.row_name} starts from nothing", "Leave the key out.")
+    if source is not None and source.suffix in RECIPES:
+        subjects = recipe.subjects or []
+        if subject_name(recipe.make_data().subject) in subjects:
+            raise ConfigError(
+                "subjects", f"the new subject is one of the source's, {', '.join(subjects)}",
+                "Leave it out of the source.",
+            )  # fmt: skip
+
+
 def _trained(trainer: L.Trainer, model: L.LightningModule) -> dict[str, Any]:
     selected = trainer.checkpoint_callback
     assert isinstance(selected, ModelCheckpoint)
@@ -201,6 +313,7 @@ def _trained(trainer: L.Trainer, model: L.LightningModule) -> dict[str, Any]:
         "selected_by": selected.monitor,
         "selected_score": None if score is None else float(score),
         "n_parameters": sum(p.numel() for p in model.parameters()),
+        "n_trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
 
 
@@ -231,52 +344,6 @@ def _callbacks(recipe: Recipe, run: Path) -> list[L.Callback]:
             )
         )
     return callbacks
-
-
-def merge_metrics(run: Path) -> None:
-    """Join the logs of all attempts of a run into ``metrics.csv``, the later one wins."""
-    tables = []
-    for path in sorted(
-        run.glob("logs/attempt-*/metrics.csv"), key=lambda p: int(p.parent.name.split("-")[1])
-    ):
-        try:
-            tables.append(pd.read_csv(path))
-        except pd.errors.EmptyDataError:
-            continue
-    if not tables:
-        return
-    joined = tables[0]
-    for table in tables[1:]:
-        joined = pd.concat([joined[joined["epoch"] < table["epoch"].min()], table])
-    merged = joined.groupby("epoch", as_index=False).last()
-    with atomic_path(run / "metrics.csv") as temporary:
-        merged.to_csv(temporary, index=False)
-
-
-def is_finished(run: Path) -> bool:
-    """Whether training ended as its recipe says."""
-    path = run / "provenance.json"
-    if not path.is_file() or not (run / "checkpoints" / "best.ckpt").is_file():
-        return False
-    return read_provenance(run).get("status") == "finished"
-
-
-def read_provenance(run: Path) -> dict[str, Any]:
-    """Read a run's provenance.json."""
-    path = run / "provenance.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError) as error:
-        raise DataError(
-            path, f"is not a run's provenance ({error})", "Train again with --fresh."
-        ) from error
-
-
-def newest_run(runs: Path, dataset: str, subject: int | str, name: str) -> Path | None:
-    """Find the most recently finished run of a recipe on a subject."""
-    folders = (runs / dataset / subject_name(subject)).glob(f"{name}-*")
-    finished = [f for f in folders if is_finished(f)]
-    return max(finished, key=lambda f: (f / "provenance.json").stat().st_mtime, default=None)
 
 
 def load(run: Path, checkpoint: str = "best") -> tuple[EncodingModule, NSDDataModule, Recipe]:

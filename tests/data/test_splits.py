@@ -5,7 +5,14 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from chasm.data.prepare import prepare_nsd
-from chasm.data.splits import Split, few_shot, make_split, seeded_parts, training_statistics
+from chasm.data.splits import (
+    FewShot,
+    Split,
+    few_shot,
+    make_split,
+    seeded_parts,
+    training_statistics,
+)
 from chasm.data.store import SubjectStore
 from chasm.errors import ConfigError, DataError
 
@@ -100,27 +107,28 @@ def test_what_cannot_be_split(store, tmp_path):
     assert len(seeded.train) == 28
 
 
-def test_few_shot_sets_are_nested(store):
+def test_few_shot_sets_are_nested_and_validate_inside(store):
     split = make_split(store, "clean")
-    small, large = few_shot(split, 5, seed=2), few_shot(split, 11, seed=2)
-    assert len(small.train) == 5
-    assert set(small.train) < set(large.train) < set(split.train)
-    np.testing.assert_array_equal(small.test, split.test)
-    assert set(few_shot(split, 5, seed=3).train) != set(small.train)
-    for n in (0, len(split.train) + 1):
+    small, large = (few_shot(split, FewShot(n, draw=2)) for n in (8, 14))
+    for chosen, n in ((small, 8), (large, 14)):
+        assert len(chosen.train) + len(chosen.validation) == n
+        assert len(chosen.validation) >= 2
+        assert not set(chosen.validation) & set(split.validation)
+        np.testing.assert_array_equal(chosen.test, split.test)
+    inside = [set(s.train) | set(s.validation) for s in (small, large)]
+    assert inside[0] < inside[1] <= set(split.train)
+    assert set(few_shot(split, FewShot(8, draw=3)).train) != set(small.train)
+    for n in (0, 7, len(split.train) + 1):
         with pytest.raises(ConfigError, match=r"few_shot\.n"):
-            few_shot(split, n, seed=0)
+            few_shot(split, FewShot(n))
 
 
-def test_statistics_of_few_shot_training_use_its_images_only(store):
-    split = few_shot(make_split(store, "clean"), 15, seed=0)
-    mean, std = training_statistics(store, split)
-    train = store.trials["image_id"].isin(split.train).to_numpy()
-    for session in range(SESSIONS):
-        used = store.betas[train & (store.session_index == session)] / 300
-        np.testing.assert_allclose(mean[session], used.mean(0), rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(std[session], used.std(0, ddof=1), rtol=1e-4)
-    assert (mean != store.normalisation("train")[0]).any()
+def test_few_shots_in_order_of_presentation_are_the_first_images(store):
+    split = make_split(store, "clean")
+    seen = store.trials["image_id"].to_numpy()
+    chosen = few_shot(split, FewShot(9, order="presentation"), seen)
+    first = list(dict.fromkeys(i for i in seen.tolist() if i in set(split.train.tolist())))[:9]
+    assert set(chosen.train) | set(chosen.validation) == set(first)
 
 
 @pytest.mark.parametrize("name", ["clean", "paper", "seeded"])

@@ -14,7 +14,8 @@ from chasm.evaluation.predictions import PredictionFile
 from chasm.evaluation.testing import predict_run, report_run, score_run
 from chasm.io import write_json
 from chasm.training.recipes import Recipe
-from chasm.training.runs import fit, load, read_provenance
+from chasm.training.run_files import read_provenance
+from chasm.training.runs import fit, load
 
 TOP_P = ["--model.init_args.target", "top_p", "--model.init_args.top_p", "0.5"]
 

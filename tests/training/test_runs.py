@@ -16,7 +16,8 @@ import torch
 from chasm.data.store import SubjectStore
 from chasm.errors import ChasmError, ConfigError, DataError, TrainingError
 from chasm.training.recipes import Recipe
-from chasm.training.runs import RunInterruptedError, fit, is_finished, load, merge_metrics
+from chasm.training.run_files import is_finished, merge_metrics
+from chasm.training.runs import RunInterruptedError, fit, load
 
 
 def weights(run, name="last"):

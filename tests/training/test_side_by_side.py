@@ -10,7 +10,7 @@ import pytest
 
 from chasm.training import side_by_side
 from chasm.training.recipes import Recipe
-from chasm.training.runs import is_finished, read_provenance
+from chasm.training.run_files import is_finished, read_provenance
 from chasm.training.side_by_side import Fitted, default_jobs, fit_side_by_side
 
 
