@@ -40,6 +40,7 @@ from chasm.evaluation.testing import volume_of
 from chasm.io import digest, sha256_of_file, write_json
 from chasm.pipeline import prepare_recipe
 from chasm.training.linear_module import LinearModule
+from chasm.training.launch import leave_to_first
 from chasm.training.run_files import read_provenance
 from chasm.training.runs import fit
 
@@ -312,7 +313,9 @@ def _run(found: argparse.Namespace, rest: list[str]) -> None:
     )  # fmt: skip
     check_resamples(options.n_boot)
     if found.run is None:
-        runs = [fit(prepare_recipe(rest, **source))]
+        recipe = prepare_recipe(rest, **source)
+        runs = [fit(recipe)]
+        leave_to_first(recipe)
     else:
         if rest:
             raise ConfigError(f"ablations.run {rest[0]}", "unknown beside --run", "Leave it out.")

@@ -76,7 +76,7 @@ def set_up_logging() -> None:
     logger.propagate = False
     # Set on the modules that speak: importing lightning resets the level of its root loggers.
     for package in ("pytorch", "fabric"):
-        for module in ("rank_zero", "seed"):
+        for module in ("rank_zero", "seed", "distributed"):
             name = f"lightning.{package}.utilities.{module}"
             logging.getLogger(name).setLevel(logging.WARNING)
     # Lightning's advice on worker counts and logging intervals does not fit memory maps.

@@ -1,4 +1,8 @@
-"""Training losses: each term a pure function, and their weighted sum for each stage."""
+"""Training losses: each term a function, and their weighted sum for each stage.
+
+Where several processes share a batch, a term is the mean over this process's images; what it
+needs to know of the whole batch, it learns from the other processes.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from chasm.errors import ConfigError
+from chasm.processes import gather, own_rows
 
 _EPSILON = 1e-8
 
@@ -55,7 +60,7 @@ def peak_focused_mse(
     Tensor
         Scalar.
     """
-    distance = (target - target.mean(dim=0, keepdim=True)).abs()
+    distance = (target - gather(target).mean(dim=0, keepdim=True)).abs()
     weight = 1 + alpha * (distance - tau).clamp(min=0)
     return (weight * (prediction - target).square()).mean()
 
@@ -136,13 +141,16 @@ def info_nce(
     """
     if temperature <= 0:
         raise ConfigError("info_nce:temperature", f"found {temperature}", "Use a positive number.")
+    own = own_rows(visual)
+    visual, response = gather(visual), gather(response)
     logits = F.normalize(visual, dim=-1) @ F.normalize(response, dim=-1).T / temperature
     if image_ids is not None:
+        image_ids = gather(image_ids)
         same = image_ids[:, None] == image_ids[None, :]
         same.fill_diagonal_(False)
         logits = logits.masked_fill(same, float("-inf"))
-    own = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    right = torch.arange(len(logits), device=logits.device)[own]
+    return (F.cross_entropy(logits[own], right) + F.cross_entropy(logits.T[own], right)) / 2
 
 
 def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:

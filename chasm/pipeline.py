@@ -16,8 +16,10 @@ from chasm.evaluation.testing import score_run
 from chasm.features.backbones import create_backbone
 from chasm.features.cache import TokenCache
 from chasm.features.extract import check_pixels, extract
+from chasm.training.joint import subject_runs
+from chasm.training.launch import leave_to_first, speak_once
 from chasm.training.recipes import Recipe
-from chasm.training.runs import fit, is_main_process
+from chasm.training.runs import RECIPES, fit
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +61,10 @@ def prepare_recipe(
     version: str = "betas_fithrf_GLMdenoise_RR",
     mask: str = "nsdgeneral",
 ) -> Recipe:
-    """Make the subject store and the tokens that a recipe needs.
+    """Make the subject stores and the tokens that a recipe needs.
+
+    They are of its own subject or, where several are trained together or an adapter's source
+    is trained first, of all of them.
 
     Parameters
     ----------
@@ -72,18 +77,34 @@ def prepare_recipe(
         The recipe, with the folder that its data are in.
     """
     recipe = Recipe(args)
+    speak_once(recipe)
     data = recipe.make_data()
     if nsd is not None and data.dataset_dir == SIMULATED_DIR:
         recipe = Recipe([*args, "--data.dataset_dir", str(Path("data") / nsd.resolve().name)])
         data = recipe.make_data()
+    parts = modules_of(recipe)
     if simulated is not None:
-        nsd = simulate(simulated, data.dataset_dir / "nsd", [_number(data.subject)])
+        subjects = [_number(part.subject) for part in parts]
+        nsd = simulate(simulated, data.dataset_dir / "nsd", subjects)
     if nsd is not None:
         log.info("step: prepare")
-        prepare_nsd(nsd, _number(data.subject), data.store_path, version=version, mask=mask)
+        for part in parts:
+            prepare_nsd(nsd, _number(part.subject), part.store_path, version=version, mask=mask)
     log.info("step: extract")
-    extract_tokens(data)
+    for part in parts:
+        extract_tokens(part)
     return recipe
+
+
+def modules_of(recipe: Recipe) -> list[NSDDataModule]:
+    """Give the data module of every subject that a recipe needs, the source's first."""
+    if recipe.trains_together:
+        return list(recipe.make_subjects().parts.values())
+    data = recipe.make_data()
+    source = recipe.source
+    if recipe.subjects is None or source is None or source.suffix not in RECIPES:
+        return [data]
+    return [*recipe.source_recipe().make_subjects().parts.values(), data]
 
 
 def run_recipe(
@@ -96,7 +117,7 @@ def run_recipe(
     n_boot: int = 2000,
     fresh: bool = False,
 ) -> Path:
-    """Prepare, extract, fit and test one recipe on one subject.
+    """Prepare, extract, fit and test one recipe on one subject, or on several together.
 
     Parameters
     ----------
@@ -118,16 +139,18 @@ def run_recipe(
     Returns
     -------
     Path
-        The run's folder.
+        The run's folder; that of the first subject where several are trained together, each of
+        which has one.
     """
     recipe = prepare_recipe(args, nsd=nsd, simulated=simulated, version=version, mask=mask)
     log.info("step: fit")
     run = fit(recipe, fresh=fresh)
-    if not is_main_process(recipe):
-        return run
-    log.info("step: test")
-    score_run(run, n_boot=n_boot, fresh=fresh, by="chasm run")
-    return run
+    leave_to_first(recipe)
+    tested = subject_runs(run) or [run]
+    for one in tested:
+        log.info("step: test %s", one.name if len(tested) > 1 else "")
+        score_run(one, n_boot=n_boot, fresh=fresh, by="chasm run")
+    return tested[0]
 
 
 def _number(subject: int | str) -> int:

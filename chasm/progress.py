@@ -22,7 +22,10 @@ console = Console(stderr=True)
 
 
 def bar() -> Progress:
-    """Make a progress display; use it as a context manager and `add_task` to it."""
+    """Make a progress display; use it as a context manager and `add_task` to it.
+
+    Where there is no terminal nothing is shown: log lines say how far a step is.
+    """
     return Progress(
         TextColumn("[progress.description]{task.description}"),
         BarColumn(bar_width=28),
@@ -30,7 +33,7 @@ def bar() -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,
-        transient=not console.is_terminal,
+        disable=not console.is_terminal,
     )
 
 

@@ -1,5 +1,6 @@
 """A toy simulated NSD, prepared and extracted once for all tests that need one."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,23 @@ def toy_dataset(toy_tree, tmp_path_factory):
 def tiny_recipe(toy_dataset, tmp_path):
     """Arguments of a recipe that trains on the toy in a second or two, into tmp_path/runs."""
     return [*TINY, "--data.dataset_dir", str(toy_dataset), "--runs", str(tmp_path / "runs")]
+
+
+@pytest.fixture(scope="session")
+def toy_subjects(toy_tree, toy_dataset, tmp_path_factory):
+    """Folder with stores of subjects 1, 2 and 3 and one token cache; read-only by convention."""
+    from chasm.data.prepare import prepare_nsd
+    from chasm.data.simulation import SimulationConfig, simulate
+    from chasm.pipeline import extract_tokens
+    from chasm.training.recipes import Recipe
+
+    folder = tmp_path_factory.mktemp("several") / "toy"
+    shutil.copytree(toy_dataset, folder)
+    tree = folder.parent / "nsd"
+    shutil.copytree(toy_tree, tree)
+    simulate(SimulationConfig.toy(), tree, [2, 3])
+    for subject in (2, 3):
+        prepare_nsd(tree, subject, folder / f"subj{subject:02d}.h5")
+        own = [*TINY, "--data.dataset_dir", str(folder), "--data.subject", str(subject)]
+        extract_tokens(Recipe(own).make_data())
+    return folder

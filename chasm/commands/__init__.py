@@ -34,6 +34,21 @@ COMMANDS = {
         "run every baseline of a folder of recipes; one table with costs and published values",
         "chasm.commands.baselines:baselines",
     ),
+    "adapt": Command(
+        "a model of other subjects -> a new one, tested", "chasm.commands.transfer:adapt"
+    ),
+    "fewshot": Command(
+        "every way to a new subject over the number of its images: tables, figure, page",
+        "chasm.commands.transfer:fewshot",
+    ),
+    "transfer-table": Command(
+        "the paper's transfer table, published values beside",
+        "chasm.commands.transfer:transfer_table",
+    ),
+    "tune": Command(
+        "search the settings of a recipe: an Optuna study, on validation images",
+        "chasm.commands.tune:tune",
+    ),
     "predict": Command(
         "responses of a trained model to any images -> HDF5", "chasm.commands.inference:predict"
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, Literal, TypedDict
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from chasm.data.store import SubjectStore
+from chasm.errors import ConfigError
 from chasm.features.cache import TokenCache
 
 
@@ -134,6 +136,54 @@ class EpochShuffle(Sampler[int]):
 
     def __len__(self) -> int:
         return self.length
+
+
+class SharedBatches(Sampler[list[int]]):
+    """Shares of one process of every batch, for a `DataLoader`'s ``batch_sampler``.
+
+    The batches are those of a single process, each cut into one run of items per process; no item
+    is repeated or left out. A last batch with fewer items than processes is joined to the one
+    before it.
+
+    Parameters
+    ----------
+    sampler
+        Order of the items; a range for the order of the dataset.
+    batch_size
+        Items per batch, of all processes together.
+    n_processes, rank
+        How many processes share, and which one this is.
+
+    Raises
+    ------
+    ConfigError
+        There are more processes than items, or than items of a batch.
+    """
+
+    def __init__(
+        self, sampler: EpochShuffle | range, batch_size: int, n_processes: int = 1, rank: int = 0
+    ) -> None:
+        n = len(sampler)
+        for where, least in (("data", n), ("data.batch_size", batch_size)):
+            if least < n_processes:
+                raise ConfigError(
+                    where,
+                    f"{least} images cannot be shared by {n_processes} processes",
+                    "Use fewer devices.",
+                )
+        self.sampler = sampler
+        self.n_processes, self.rank = n_processes, rank
+        self.edges = [*range(0, n, batch_size), n]
+        if len(self.edges) > 2 and self.edges[-1] - self.edges[-2] < n_processes:
+            del self.edges[-2]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(self.sampler)
+        for first, last in pairwise(self.edges):
+            yield np.array_split(order[first:last], self.n_processes)[self.rank].tolist()
+
+    def __len__(self) -> int:
+        return len(self.edges) - 1
 
 
 def whole_batch(batch: Any) -> Any:

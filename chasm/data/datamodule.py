@@ -11,9 +11,9 @@ from typing import Literal
 import lightning as L
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
-from chasm.data.batches import Batch, EncodingDataset, EpochShuffle, whole_batch
+from chasm.data.batches import Batch, EncodingDataset, EpochShuffle, SharedBatches, whole_batch
 from chasm.data.splits import FewShot, Split, few_shot, make_split, training_statistics
 from chasm.data.store import SubjectStore
 from chasm.errors import ConfigError, DataError
@@ -94,7 +94,7 @@ class NSDDataModule(L.LightningDataModule):
     parcels
         Grouping of voxels into parcels.
     batch_size
-        Images per batch.
+        Images per batch, of all processes that train together.
     num_workers
         Loader processes; 0 fetches in the main process, which is fast for memory maps.
     seed
@@ -285,34 +285,40 @@ class NSDDataModule(L.LightningDataModule):
             ids = getattr(split, part)
         return EncodingDataset(self.store, self.tokens, ids, mean, std, samples)
 
-    def _loader(self, data: EncodingDataset, sampler: Sampler[int] | None) -> DataLoader[Batch]:
+    def _loader(self, data: EncodingDataset, batches: SharedBatches) -> DataLoader[Batch]:
         return DataLoader(
             data,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            shuffle=False,
+            batch_sampler=batches,
             num_workers=self.num_workers,
             collate_fn=whole_batch,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
         )
 
+    def _shared(self, sampler: EpochShuffle | range) -> SharedBatches:
+        """Share batches with the trainer's other processes."""
+        trainer = self.trainer
+        n, rank = (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
+        return SharedBatches(sampler, self.batch_size, n, rank)
+
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Give the train items, shuffled by (seed, epoch)."""
+        """Give the train items, shuffled by (seed, epoch), or this process's share of them."""
         data = self.dataset("train", self.samples)
-        return self._loader(data, EpochShuffle(len(data), self.seed))
+        return self._loader(data, self._shared(EpochShuffle(len(data), self.seed)))
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Give the validation images, repeats averaged."""
-        return self.ordered_dataloader("validation")
+        """Give the validation images, repeats averaged, or this process's share of them."""
+        data = self.dataset("validation")
+        return self._loader(data, self._shared(range(len(data))))
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """Give the test images, repeats averaged; `fit` and `tune` never ask for them."""
         return self.ordered_dataloader("test")
 
     def ordered_dataloader(self, part: Literal["train", "validation", "test"]) -> DataLoader[Batch]:
-        """Give the images of a part in the order of their ids, repeats averaged."""
-        return self._loader(self.dataset(part), None)
+        """Give all images of a part in the order of their ids, repeats averaged."""
+        data = self.dataset(part)
+        return self._loader(data, SharedBatches(range(len(data)), self.batch_size))
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Tokens travel as float16 and are used as float32."""

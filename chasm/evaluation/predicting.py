@@ -44,7 +44,8 @@ def predict_test(
     """Predict the test images, and let the linear baselines predict them, too.
 
     Units are parcels for a model of parcels; else the store's voxels in their order, and the
-    baselines are fitted to every voxel.
+    baselines are fitted to every voxel. With few shots the baselines and the train mean are of
+    all those images, validation included.
 
     Parameters
     ----------
@@ -58,8 +59,8 @@ def predict_test(
         Draws per image where the model has a latent, seeded by the recipe's seed.
     """
     reading = Reading(model, data)
-    train, test = data.dataset("train"), data.dataset("test")
-    predicted = _predict(reading, n_draws, recipe.seed)
+    train, test = data.dataset("given"), data.dataset("test")
+    predicted = predict_rows(reading, n_draws, recipe.seed)
     responses = reading.responses(train, "mean")
     layers = data.tokens.manifest["backbone"]["cls_layers"]
     images = (train.image_ids, test.image_ids)
@@ -88,7 +89,7 @@ def predict_test(
     del responses
     targets: dict[str, AlternativeTarget] = {}
     if reading.own_target is not None:
-        own = reading.own_responses("train")
+        own = reading.own_responses("given")
         targets[reading.own_target] = AlternativeTarget(
             reading.own_responses("test"),
             own.mean(axis=0, dtype=np.float64),
@@ -111,7 +112,7 @@ def predict_test(
     )
 
 
-class _Predicted(NamedTuple):
+class Predicted(NamedTuple):
     """What the model says of the test images."""
 
     rows: dict[str, PredictionRow]
@@ -120,8 +121,16 @@ class _Predicted(NamedTuple):
 
 
 @torch.inference_mode()
-def _predict(reading: Reading, n_draws: int, seed: int) -> _Predicted:
-    """Predict the test images batch by batch: rows, gate and, from a latent, draws."""
+def predict_rows(reading: Reading, n_draws: int, seed: int) -> Predicted:
+    """Predict the test images batch by batch: rows, gate and, from a latent, draws.
+
+    Parameters
+    ----------
+    reading
+        Model and data.
+    n_draws, seed
+        Draws per image where the model has a latent, and their seed.
+    """
     model, data = reading.model, reading.data
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).eval()
@@ -145,7 +154,7 @@ def _predict(reading: Reading, n_draws: int, seed: int) -> _Predicted:
             gates.append(gate.float().cpu())
     model.cpu()
     shares = torch.cat(gates).numpy() if gates else None
-    return _Predicted(
+    return Predicted(
         _model_rows(
             model, {name: torch.cat(parts).numpy() for name, parts in rows.items()}, shares
         ),
@@ -197,22 +206,36 @@ def _model_rows(
 def _info(
     run: Path, model: EncodingModule, data: NSDDataModule, recipe: Recipe, checkpoint: str
 ) -> RunInfo:
+    config = (run / "config.yaml").read_text(encoding="utf-8")
+    return run_info(model, data, recipe.name, config, {"checkpoint": checkpoint})
+
+
+def run_info(
+    model: EncodingModule, data: NSDDataModule, name: str, config: str, made_by: dict[str, str]
+) -> RunInfo:
+    """Say where predictions come from.
+
+    Parameters
+    ----------
+    model, data
+        For units, subject, split and backbone.
+    name, config
+        Of the model, and its resolved recipe.
+    made_by
+        Further fingerprints than those of store and tokens.
+    """
     store, tokens = data.store, data.tokens
     # Units of recordings brought as arrays may be neurons.
-    name = "unit" if store.source == "arrays" and model.unit == "voxel" else model.unit
+    unit = "unit" if store.source == "arrays" and model.unit == "voxel" else model.unit
     return RunInfo(
         subject=store.subject,
         dataset=store.dataset,
         simulated=store.simulated,
-        unit=name,
+        unit=unit,
         split=data.data_split.name,
         weights_label=tokens.weights_label,
-        model=recipe.name,
+        model=name,
         backbone=data.backbone.model,
-        config=(run / "config.yaml").read_text(encoding="utf-8"),
-        fingerprints={
-            "store": store.fingerprint,
-            "tokens": tokens.fingerprint,
-            "checkpoint": checkpoint,
-        },
+        config=config,
+        fingerprints={"store": store.fingerprint, "tokens": tokens.fingerprint} | made_by,
     )

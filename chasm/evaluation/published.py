@@ -24,6 +24,23 @@ PUBLISHED_PARCELS: Mapping[str, str] = {
 }
 """Pattern correlation over parcels, by the name of the row here."""
 
+PUBLISHED_TRANSFER: Mapping[tuple[str, str], str] = {
+    ("subj01", "subj07"): ".436 · .294",
+    ("subj01+subj02", "subj05"): ".457 · .260",
+    ("subj01+subj02", "subj07"): ".448 · .269",
+    ("subj01+subj02+subj05", "subj07"): ".448 · .271",
+    ("subj07", "subj07"): ".451 · .239",
+}
+"""Pattern correlation and mean squared error by (source subjects, new subject)."""
+
+TRANSFER_NOTE = (
+    "Published, on other data: pattern correlation · mean squared error of CHASMBrain (arXiv "
+    "2606.04772), frozen backbone with a new trained head, and its model of the subject itself: "
+    "session-z betas, 3-repeat mean, volume; best epoch selected on test, rows of different data "
+    "sizes. Never to be ranked against ours."
+)
+"""The sentence that marks the metric and data of `PUBLISHED_TRANSFER`."""
+
 VOXELS_NOTE = (
     "Published, on other data: pattern correlation · mean squared error of the system of this "
     "name in CHASMBrain (arXiv 2606.04772): session-z betas, 3-repeat mean, volume, subjects 1, "

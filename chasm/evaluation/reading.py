@@ -127,7 +127,7 @@ class Reading:
         assert found is not None
         return found
 
-    def own_responses(self, part: Literal["train", "test"]) -> np.ndarray:
+    def own_responses(self, part: Literal["train", "given", "test"]) -> np.ndarray:
         """Values of the model's own target as training saw them, (images, units).
 
         A model that was trained on single trials has the target of every presentation, averaged

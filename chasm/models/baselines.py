@@ -93,6 +93,7 @@ class LinearEncoder:
     alpha_ : (units,) the penalty chosen.
     shares_ : (units, spaces) the shares chosen.
     intercept_ : (units,) the prediction where every feature has its train mean.
+    cv_scores_ : (candidates, units) minus the squared error on held-out folds, at the best penalty.
     """
 
     def __init__(
@@ -157,7 +158,7 @@ class LinearEncoder:
         groups = np.arange(n_rows) if groups is None else np.asarray(groups)
         # A share of 0 has the log-weight -inf, which is meant.
         with np.errstate(divide="ignore"):
-            deltas, dual, _, alpha, intercept = solve_multiple_kernel_ridge_random_search(
+            deltas, dual, scores, alpha, intercept = solve_multiple_kernel_ridge_random_search(
                 stack,
                 targets,
                 n_iter=self.shares,
@@ -176,6 +177,7 @@ class LinearEncoder:
         self._dual: FloatArray = np.asarray(dual)
         self._deltas: FloatArray = np.asarray(deltas)
         self.intercept_: FloatArray = np.asarray(intercept)
+        self.cv_scores_: FloatArray = np.asarray(scores)
         self.n_parameters_ = n_units * (1 + sum(kernels[s].n_features for s in self.spaces))
         return self
 
@@ -206,6 +208,37 @@ class LinearEncoder:
             np.stack(blocks), self._dual, self._deltas, n_targets_batch=2048
         )
         return np.asarray(predicted + self.intercept_, dtype=np.float32)
+
+
+def fit_mixture(
+    kernels: Mapping[str, FeatureKernels], targets: NDArray[Any], shares: FloatArray, seed: int = 0
+) -> LinearEncoder:
+    """Fit ridge with one mixture of the feature spaces for all units, a penalty for each unit.
+
+    Both are chosen by cross-validation over train images. Where these are few, a mixture for
+    each unit, as banded ridge has it, is chosen by chance.
+
+    Parameters
+    ----------
+    kernels
+        Of every space.
+    targets
+        (train images, units).
+    shares
+        (candidates, spaces), see `LinearEncoder`; columns in the order of `kernels`.
+    seed
+        Of the folds.
+
+    Raises
+    ------
+    DataError
+        A target is not finite.
+    """
+    spaces = tuple(kernels)
+    searched = LinearEncoder(spaces, shares=shares, seed=seed).fit(kernels, targets)
+    best = int(searched.cv_scores_.mean(axis=1).argmax())
+    logger.debug("shares of %s: %s", spaces, shares[best])
+    return LinearEncoder(spaces, shares=shares[[best]], seed=seed).fit(kernels, targets)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.nn import functional
 
 from chasm.errors import ConfigError
 from chasm.models.checks import check_sizes
@@ -53,6 +54,9 @@ class ParcelEncoder(TokenModel):
     separable = False
     """Whether the global and the local stream are separate until they are fused."""
 
+    head_names: tuple[str, ...] = ()
+    """Submodules that belong to a subject; all other parts are the backbone of any subject."""
+
     def __init__(
         self,
         cls_width: int,
@@ -90,7 +94,29 @@ class ParcelEncoder(TokenModel):
 
     def from_streams(self, streams: Mapping[str, Tensor]) -> Stage1Output:
         """Predict a batch from what `streams` gave."""
+        return self.read_out(self.backbone(streams))
+
+    def backbone(self, streams: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Compute what the heads read from what `streams` gave, (images, ...) each."""
         raise NotImplementedError
+
+    def read_out(self, backbone: Mapping[str, Tensor]) -> Stage1Output:
+        """Predict a batch by this subject's heads from what `backbone` gave."""
+        raise NotImplementedError
+
+    def features_of(self, backbone: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Give what the heads read as vectors, normalised without any subject's weights.
+
+        Returns
+        -------
+        dict
+            Feature spaces ``global`` and ``local``, (images, features) each.
+        """
+        raise NotImplementedError
+
+    def features(self, cls: Tensor, patches: Tensor) -> dict[str, Tensor]:
+        """Give `features_of` of tokens, see `forward`."""
+        return self.features_of(self.backbone(self.streams(cls, patches)))
 
     def embed_parcels(self, parcels: Tensor) -> Tensor:
         """Embed true parcel vectors (images, parcels) as (images, d_embedding).
@@ -105,3 +131,8 @@ class ParcelEncoder(TokenModel):
             f"{type(self).__name__} has no contrastive heads",
             "Set the weight to 0.",
         )
+
+
+def normalised(tokens: Tensor) -> Tensor:
+    """Standardise the last axis of (images, ..., width) and flatten to (images, features)."""
+    return functional.layer_norm(tokens, tokens.shape[-1:]).flatten(1)

@@ -34,11 +34,72 @@ class SpacePath(nn.Module):
         return projected if self.readout is None else self.readout(projected)
 
 
-class LinearPath(nn.Module):
-    """Linear prediction from CLS and patch tokens, with weights that are solved, not trained.
+class RidgeHead(nn.Module):
+    """Linear prediction from feature spaces, with weights that are solved, not trained.
 
     Each space's part is centred on the train images, so that the prediction is
-    ``bias + cls part + patch part`` with `bias` the train mean of the responses.
+    ``bias + the sum of the parts`` with `bias` the train mean of the responses.
+
+    Parameters
+    ----------
+    n_features
+        Features of each space, by its name.
+    n_units
+        Parcels or voxels.
+    rank
+        Units read at most this many principal components of each space, which they share;
+        None reads the features themselves.
+
+    Attributes
+    ----------
+    fitted : bool tensor, whether weights were put in (part of the state dict).
+
+    Raises
+    ------
+    ConfigError
+        `rank` is below 1.
+    """
+
+    fitted: Tensor
+    bias: Tensor
+
+    def __init__(self, n_features: Mapping[str, int], n_units: int, rank: int | None) -> None:
+        super().__init__()
+        if rank is not None and rank < 1:
+            raise ConfigError("model.linear_rank", f"found {rank}", "Use 1 or more, or null.")
+        self.rank = rank
+        for name, count in n_features.items():
+            self.add_module(name, SpacePath(count, n_units, rank))
+        self.bias = nn.Parameter(torch.zeros(n_units))
+        self.register_buffer("fitted", torch.tensor(False))
+        self.requires_grad_(False)
+
+    @property
+    def n_weights(self) -> int:
+        """Numbers that were solved: weights, and an intercept for every unit."""
+        return self.bias.numel() + sum(
+            layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear)
+        )
+
+    def part(self, space: str, features: Tensor) -> Tensor:
+        """Give the (images, units) share of a space from (images, ..., its features)."""
+        # Folded means are large next to what is left after them: never in half precision.
+        with torch.autocast(features.device.type, enabled=False):
+            share: Tensor = self.get_submodule(space)(features.flatten(1).to(self.bias.dtype))
+        return share
+
+    def from_features(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Predict (images, units) from the (images, features) of each space."""
+        predicted = self.bias
+        for space, values in features.items():
+            predicted = predicted + self.part(space, values)
+        return predicted
+
+
+class LinearPath(RidgeHead):
+    """A `RidgeHead` on the flattened tokens as the backbone gives them.
+
+    The scaling of the tokens is folded into the weights.
 
     Parameters
     ----------
@@ -47,19 +108,11 @@ class LinearPath(nn.Module):
     n_units
         Parcels or voxels.
     rank
-        Units read at most this many principal components of each space, which they share;
-        None reads the features themselves. 256 patches of width 768 are 196,608 features: with
-        15,724 voxels that is 3.1 G weights, and 217 M at rank 1024.
+        See `RidgeHead`. 256 patches of width 768 are 196,608 features: with 15,724 voxels that
+        is 3.1 G weights, and 217 M at rank 1024.
     name
         Beginning of the names of its two sites.
-
-    Attributes
-    ----------
-    fitted : bool tensor, whether weights were put in (part of the state dict).
     """
-
-    fitted: Tensor
-    bias: Tensor
 
     def __init__(
         self,
@@ -69,17 +122,9 @@ class LinearPath(nn.Module):
         rank: int | None = None,
         name: str = "linear",
     ) -> None:
-        super().__init__()
-        if rank is not None and rank < 1:
-            raise ConfigError("model.linear_rank", f"found {rank}", "Use 1 or more, or null.")
-        self.rank = rank
-        self.cls = SpacePath(n_cls_features, n_units, rank)
-        self.patches = SpacePath(n_patch_features, n_units, rank)
+        super().__init__({"cls": n_cls_features, "patches": n_patch_features}, n_units, rank)
         self.cls_site = Site(f"{name}.cls", "global")
         self.patches_site = Site(f"{name}.patches", "local")
-        self.bias = nn.Parameter(torch.zeros(n_units))
-        self.register_buffer("fitted", torch.tensor(False))
-        self.requires_grad_(False)
 
     def parts(self, cls: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
         """Give each space's share of the prediction.
@@ -88,17 +133,14 @@ class LinearPath(nn.Module):
         ----------
         cls, patches
             (images, n_cls, cls_width) and (images, n_patches, patch_width), as the backbone
-            gives them (not scaled: the scaling is folded into the weights).
+            gives them, not scaled.
 
         Returns
         -------
         tuple of Tensor
             Two (images, units).
         """
-        # Folded means are large next to what is left after them: never in half precision.
-        with torch.autocast(cls.device.type, enabled=False):
-            dtype = self.bias.dtype
-            return self.cls(cls.flatten(1).to(dtype)), self.patches(patches.flatten(1).to(dtype))
+        return self.part("cls", cls), self.part("patches", patches)
 
     def forward(self, cls: Tensor, patches: Tensor) -> Tensor:
         """Predict (images, units); see `parts` for the tokens."""

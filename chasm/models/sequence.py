@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from chasm.models.checks import check_choice, check_sizes
-from chasm.models.encoder import ParcelEncoder, Stage1Output
+from chasm.models.encoder import ParcelEncoder, Stage1Output, normalised
 from chasm.models.readout import Readout, SpatialReadout
 
 
@@ -141,9 +141,21 @@ class SequenceEncoder(ParcelEncoder):
         """Map (images, tokens, d_model) to the same shape."""
         raise NotImplementedError
 
-    def from_streams(self, streams: Mapping[str, Tensor]) -> Stage1Output:
-        """Predict a batch; see `ParcelEncoder.forward`."""
+    head_names = ("readout",)
+
+    def backbone(self, streams: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Give the mixed tokens."""
         scaled = self.scaled(streams["features.cls"], streams["features.patches"])
-        tokens = self.mix(self.embedding(*scaled))
-        features, parcels = self.readout(tokens)
+        return {"tokens": self.mix(self.embedding(*scaled))}
+
+    def read_out(self, backbone: Mapping[str, Tensor]) -> Stage1Output:
+        """Predict a batch from the mixed tokens."""
+        features, parcels = self.readout(backbone["tokens"])
         return Stage1Output(parcels, local_features=features)
+
+    def features_of(self, backbone: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Give the mean CLS token, and the patches or, with a pooled readout, their mean."""
+        tokens, n_cls = backbone["tokens"], self.readout.n_cls
+        cls, patches = tokens[:, :n_cls].mean(1), tokens[:, n_cls:]
+        local = patches if self.readout.kind == "spatial" else patches.mean(1)
+        return {"global": normalised(cls), "local": normalised(local)}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from chasm.models.checks import check_choice, check_sizes
-from chasm.models.encoder import ParcelEncoder, Stage1Output
+from chasm.models.encoder import ParcelEncoder, Stage1Output, normalised
 from chasm.models.mamba import Direction, ResidualMamba, mamba_blocks
 from chasm.models.readout import Readout, SpatialReadout
 from chasm.models.sites import Site
@@ -282,6 +282,8 @@ class DualStreamEncoder(ParcelEncoder):
         self.local_site = Site("local.out", "local")
         self.gate_site = Site("gate")
         self.contrastive = ContrastiveHeads(d_model, n_parcels, d_contrast, d_embedding)
+        own = ("global_stream.head", "local_stream.head", "contrastive.response")
+        self.head_names = own if gate == "image" else (*own, "gate")
 
     separable = True
 
@@ -295,27 +297,36 @@ class DualStreamEncoder(ParcelEncoder):
         """
         cls, patches = self.scaled(cls, patches)
         # Stream by stream: the order in which dropout draws is part of what a seed gives.
-        return self._fused(
-            self._global_part(self.global_stream(cls)), self._local_part(self.local_stream(patches))
-        )
+        global_part = self._global_part(self.global_site(self.global_stream(cls)))
+        local_part = self._local_part(self.local_site(self.local_stream(patches)))
+        return self._fused(global_part, local_part)
 
     def streams(self, cls: Tensor, patches: Tensor) -> dict[str, Tensor]:
         """Give what each stream's head reads; see `ParcelEncoder.streams`."""
         cls, patches = self.scaled(cls, patches)
         return {"global.out": self.global_stream(cls), "local.out": self.local_stream(patches)}
 
-    def from_streams(self, streams: Mapping[str, Tensor]) -> Stage1Output:
+    def backbone(self, streams: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Let the two streams pass their sites."""
+        return {
+            "global": self.global_site(streams["global.out"]),
+            "local": self.local_site(streams["local.out"]),
+        }
+
+    def read_out(self, backbone: Mapping[str, Tensor]) -> Stage1Output:
         """Predict a batch from the two streams; see `forward`."""
         return self._fused(
-            self._global_part(streams["global.out"]), self._local_part(streams["local.out"])
+            self._global_part(backbone["global"]), self._local_part(backbone["local"])
         )
 
-    def _global_part(self, delivered: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.global_site(delivered)
+    def features_of(self, backbone: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Give both streams; with a spatial readout, every patch of the local one."""
+        return {name: normalised(backbone[name]) for name in ("global", "local")}
+
+    def _global_part(self, features: Tensor) -> tuple[Tensor, Tensor]:
         return features, self.global_stream.head(features)
 
-    def _local_part(self, delivered: Tensor) -> tuple[Tensor, Tensor]:
-        read = self.local_site(delivered)
+    def _local_part(self, read: Tensor) -> tuple[Tensor, Tensor]:
         return self.local_stream.pool(read), self.local_stream.head(read)
 
     def _fused(

@@ -23,6 +23,7 @@ from chasm.models.linear_path import LinearPath, best_share
 from chasm.models.sites import Site
 from chasm.models.tokens import TokenScaler
 from chasm.parcellation import Aggregation, Parcellation
+from chasm.processes import gather, is_first, n_processes, take_from_first
 from chasm.training.closed_form import fit_linear_path
 from chasm.training.optimisation import make_optimizer
 
@@ -200,9 +201,18 @@ class EncodingModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Solve the closed form, unless a checkpoint brought it."""
-        if self.linear is not None and not bool(self.linear.fitted):
-            data: NSDDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.solve_closed_form(self.trainer.datamodule)  # type: ignore[attr-defined]
+
+    def solve_closed_form(self, data: NSDDataModule) -> None:
+        """Solve what has a closed form on the train images, unless it is solved.
+
+        Of several processes the first one does, and gives the others its weights.
+        """
+        if self.linear is None or bool(self.linear.fitted):
+            return
+        if is_first():
             fit_linear_path(self.linear, data, self._targets_on_cpu, data.seed)
+        take_from_first([*self.linear.parameters(), *self.linear.buffers()])
 
     def _targets_on_cpu(self, betas: Tensor) -> Tensor:
         return self.units_of(betas.to(self.device)).cpu()
@@ -307,7 +317,14 @@ class EncodingModule(L.LightningModule):
     def log_terms(self, terms: dict[str, Tensor], size: int) -> None:
         """Log training terms, averaged over the epoch; "total" is called loss."""
         values = {"train/" + ("loss" if k == "total" else k): v.detach() for k, v in terms.items()}
-        self.log_dict(values, on_step=False, on_epoch=True, batch_size=size)
+        self.log_means(values, size)
+
+    def log_means(self, values: dict[str, Tensor], size: int) -> None:
+        """Log means over this process's `size` images; an epoch has the mean over all images."""
+        # Lightning takes the mean of the processes' sizes as an integer: the factor keeps it one.
+        self.log_dict(
+            values, on_step=False, on_epoch=True, batch_size=size * n_processes(), sync_dist=True
+        )
 
     def watch(self, own: Tensor, batch: Batch) -> None:
         """Take a validation batch's prediction by the network into this epoch's scores.
@@ -322,15 +339,27 @@ class EncodingModule(L.LightningModule):
         self._seen.append((target, own.to(linear.dtype), linear))
 
     def on_validation_epoch_end(self) -> None:
-        """Choose the share of the closed form and log the scores of the whole validation set."""
+        """Log the scores of the whole validation set."""
+        self.log_dict(self.validation_scores(), prog_bar=True)
+
+    def validation_scores(self) -> dict[str, Tensor]:
+        """Choose the share of the closed form; give the scores of what was watched and forget it.
+
+        Returns
+        -------
+        dict
+            Scalars by the names they are logged under.
+        """
+        scores: dict[str, Tensor] = {}
         if self._seen:
             target, own, linear = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
             self._seen.clear()
-            self.share.copy_(best_share(target, own, linear))
+            self.share.copy_(best_share(gather(target), gather(own), gather(linear)))
             self.val_metrics.update(own.lerp(linear, self.share), target)
-            self.log("val/share_linear", self.share.clone())
-        self.log_dict(self.val_metrics.compute(), prog_bar=True)
+            scores["val/share_linear"] = self.share.clone()
+        scores |= self.val_metrics.compute()
         self.val_metrics.reset()
+        return scores
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with a per-step schedule."""
@@ -350,8 +379,12 @@ def facts_of(data: NSDDataModule) -> dict[str, Any]:
     split = data.data_split
     return {
         "subject": str(data.store.subject),
+        "dataset": str(data.store.dataset),
         "store": data.store.fingerprint,
+        "images": data.store.image_fingerprint,
         "tokens": data.tokens.fingerprint,
+        "backbone": data.tokens.manifest["backbone"],
+        "parcels": asdict(data.parcels),
         "train": torch.from_numpy(split.train.astype("int64")),
         "validation": torch.from_numpy(split.validation.astype("int64")),
     }

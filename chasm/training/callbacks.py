@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+import signal
 import time
+from types import FrameType
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from chasm.errors import TrainingError
+from chasm.processes import any_of
 from chasm.progress import console
 
 log = logging.getLogger(__name__)
@@ -32,6 +36,54 @@ class SeededSteps(L.Callback):
         """Seed torch for this step."""
         step = self.seed * 1_000_003 + trainer.global_step
         torch.manual_seed(step * 1009 + trainer.global_rank)
+
+
+class StopTogether(L.Callback):
+    """Let processes that train together end at the same step when any of them gets SIGTERM.
+
+    Lightning's own handler speaks to the other processes whenever the signal comes, in the midst
+    of what they are telling each other. This one waits for the beginning of a batch. A single
+    process is left to Lightning.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Listen."""
+        self._listen(trainer)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Listen, where there was no sanity check."""
+        self._listen(trainer)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """End, if any process was asked to."""
+        self._end_if_asked(pl_module)
+
+    def on_validation_batch_start(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """End, if any process was asked to."""
+        self._end_if_asked(pl_module)
+
+    def _listen(self, trainer: L.Trainer) -> None:
+        if trainer.world_size > 1:  # Lightning puts the earlier handler back
+            signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+    def _end_if_asked(self, module: L.LightningModule) -> None:
+        if any_of(self.asked, module.device):
+            raise SIGTERMException
 
 
 class FiniteValidation(L.Callback):
@@ -78,8 +130,13 @@ class EpochLines(L.Callback):
         ):
             return
         self._last = time.monotonic()
-        shown = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-        text = "  ".join(f"{k.removeprefix('val/')} {v:.4f}" for k, v in sorted(shown.items()))
+        # Not val/<subject>/...: what is of one of several subjects.
+        shown = {k: v for k, v in trainer.callback_metrics.items() if k.count("/") == 1}
+        text = "  ".join(
+            f"{k.removeprefix('val/')} {float(v):.4f}"
+            for k, v in sorted(shown.items())
+            if k.startswith("val/")
+        )
         log.info(
             "epoch %d of %s   validation: %s", trainer.current_epoch + 1, trainer.max_epochs, text
         )

@@ -57,6 +57,11 @@ def load_module(path: Path) -> EncodingModule:
         The file is damaged, or no checkpoint of this package.
     """
     saved = read_checkpoint(path)
+    if "subjects" in saved:
+        raise DataError(
+            path, f"holds models of {len(saved['subjects'])} subjects, trained together",
+            f"Name the run of one of them: {', '.join(saved['subjects'])}, in the run's folder.",
+        )  # fmt: skip
     for key in ("hyper_parameters", "sizes", "parcel_labels"):
         if key not in saved:
             raise DataError(path, f"has no {key}", "Name a checkpoint that `chasm fit` wrote.")
@@ -65,6 +70,7 @@ def load_module(path: Path) -> EncodingModule:
         "sizes": saved["sizes"],
         "parcel_labels": saved["parcel_labels"].tolist(),
         "stage1": saved.get("stage1"),
+        "source": saved.get("source"),
     }
     module = build_module(description, where=str(path))
     try:
@@ -83,8 +89,9 @@ def describe_module(module: EncodingModule) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``settings`` (class and arguments), ``sizes``, ``parcel_labels`` (one integer per voxel)
-        and, for Stage 2, ``stage1``, the same of its Stage 1, else None.
+        ``settings`` (class and arguments), ``sizes``, ``parcel_labels`` (one integer per voxel);
+        for Stage 2 ``stage1``, the same of its Stage 1, else None; for an adapter ``source``, a
+        list of the same of the models it started from, else None.
 
     Raises
     ------
@@ -105,6 +112,7 @@ def describe_module(module: EncodingModule) -> dict[str, Any]:
         "sizes": asdict(module.sizes),
         "parcel_labels": module.parcellation.labels.cpu().tolist(),
         "stage1": None if inner is None else describe_module(inner),
+        "source": getattr(module, "source_description", None),
     }
 
 
@@ -129,6 +137,8 @@ def build_module(description: Mapping[str, Any], where: str = "model") -> Encodi
         raise DataError(
             where, f"does not describe a model ({line})", "Export or train it again."
         ) from error
+    if description.get("source") is not None:
+        module.take_source([build_module(source, where) for source in description["source"]])
     if description.get("stage1") is not None:
         module.take_stage1(build_module(description["stage1"], where))
     module.build(sizes, Parcellation(labels))

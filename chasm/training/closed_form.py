@@ -1,9 +1,9 @@
-"""Solve a `LinearPath` on the train images: banded ridge by himalaya, written as weights."""
+"""Solve a `RidgeHead` on train images: banded ridge by himalaya, written as weights."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,16 +12,20 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from chasm.data.batches import EncodingDataset
 from chasm.data.datamodule import NSDDataModule
 from chasm.models.baselines import BANDS, LinearEncoder
 from chasm.models.kernels import FeatureKernels, FloatArray, linear_kernels
-from chasm.models.linear_path import LinearPath, SpacePath
+from chasm.models.linear_path import LinearPath, RidgeHead, SpacePath
 from chasm.progress import track
 
 log = logging.getLogger(__name__)
 
 SPACES = ("cls", "patches")
 BLOCK_BYTES = 128 * 2**20
+
+Fit = Callable[[Mapping[str, FeatureKernels], FloatArray], LinearEncoder]
+"""(kernels by space, (train images, units) targets) -> fitted ridge."""
 
 
 def fit_linear_path(
@@ -51,23 +55,61 @@ def fit_linear_path(
         A token or response is not finite, or no feature varies.
     """
     train = data.dataset("train")
-    rows = train.image_ids
-    blocks = [range(s, min(s + 256, len(train))) for s in range(0, len(train), 256)]
-    targets = np.concatenate(
-        [targets_of(torch.from_numpy(train.betas(block))).numpy() for block in blocks]
+    tokens = {space: getattr(data.tokens, space) for space in SPACES}
+    banded = LinearEncoder(SPACES, shares=BANDS, seed=seed)
+    solve(path, tokens, train.image_ids, responses(train, targets_of), banded.fit)
+
+
+def responses(
+    images: EncodingDataset, targets_of: Callable[[torch.Tensor], torch.Tensor]
+) -> FloatArray:
+    """Read the responses to a dataset's images, (images, units), a few images at a time."""
+    blocks = [range(s, min(s + 256, len(images))) for s in range(0, len(images), 256)]
+    return np.concatenate(
+        [targets_of(torch.from_numpy(images.betas(block))).numpy() for block in blocks]
     )
-    tokens = {"cls": data.tokens.cls, "patches": data.tokens.patches}
+
+
+def solve(
+    head: RidgeHead,
+    features: Mapping[str, NDArray[Any]],
+    rows: NDArray[np.int64],
+    targets: FloatArray,
+    fit: Fit,
+) -> None:
+    """Fit ridge and put its weights into a head.
+
+    Parameters
+    ----------
+    head
+        Changed in place.
+    features
+        (images, ...) of every space of the head; memory maps are welcome.
+    rows
+        (train images,), rows of the features.
+    targets
+        (train images, units).
+    fit
+        Gives the fitted ridge from the kernels of the spaces and the targets.
+
+    Raises
+    ------
+    DataError
+        A feature or response is not finite, or no feature varies.
+    """
     kernels = {
-        space: linear_kernels(tokens[space], rows, description=f"kernel of {space}")
-        for space in SPACES
+        space: linear_kernels(values, rows, description=f"kernel of {space}")
+        for space, values in features.items()
     }
     log.info("closed form: banded ridge of %d units on %d images", targets.shape[1], len(rows))
-    ridge = LinearEncoder(SPACES, shares=BANDS, seed=seed).fit(kernels, targets)
-    for space in SPACES:
-        _put(getattr(path, space), tokens[space], rows, kernels[space], ridge.dual_of(space))
+    ridge = fit(kernels, targets)
+    for space, values in features.items():
+        path = head.get_submodule(space)
+        assert isinstance(path, SpacePath)
+        _put(path, values, rows, kernels[space], ridge.dual_of(space))
     with torch.no_grad():
-        path.bias.copy_(torch.from_numpy(ridge.intercept_))
-        path.fitted.fill_(True)
+        head.bias.copy_(torch.from_numpy(ridge.intercept_))
+        head.fitted.fill_(True)
 
 
 def _put(

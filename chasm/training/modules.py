@@ -14,6 +14,7 @@ from chasm.models.encoder import ParcelEncoder, Stage1Output
 from chasm.models.stage1 import DualStreamEncoder
 from chasm.models.tokens import TokenScaler
 from chasm.parcellation import Aggregation, Parcellation
+from chasm.processes import weigh
 from chasm.training.base import EncodingModule, Unit, title_of
 
 Stage1Factory = Callable[[int, int, int, int, int], ParcelEncoder]
@@ -109,7 +110,7 @@ class Stage1Module(EncodingModule):
         if output.gate is not None:
             shown["gate_global"] = output.gate[..., 0].mean()
         self.log_terms(shown, len(batch["betas"]))
-        return terms["total"]
+        return weigh(terms["total"], len(batch["betas"]))
 
     def terms(self, batch: Batch) -> tuple[Stage1Output, dict[str, Tensor]]:
         """Give the network's output and the terms of its loss."""
@@ -123,5 +124,5 @@ class Stage1Module(EncodingModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Take the batch into the validation scores."""
         output, terms = self.terms(batch)
-        self.log("val/loss", terms["total"], batch_size=len(batch["betas"]), sync_dist=True)
+        self.log_means({"val/loss": terms["total"]}, len(batch["betas"]))
         self.watch(output.parcels, batch)

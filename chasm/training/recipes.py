@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
@@ -17,6 +18,8 @@ import torch
 import yaml
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy
 
 from chasm.data.datamodule import NSDDataModule, subject_name
 from chasm.data.subjects import SubjectsDataModule
@@ -31,6 +34,9 @@ STAGE1_DATA = (
 
 SOURCE_DATA = tuple(key for key in STAGE1_DATA if key != "subject")
 """Data settings that a source takes from the adapter that it is trained for."""
+
+PATIENCE = timedelta(hours=3)
+"""How long processes wait for each other: the first one solves a closed form for all."""
 
 
 @dataclass
@@ -276,8 +282,11 @@ class Recipe(LightningCLI):
         if options["accelerator"] == "auto":
             options["accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
         if self.n_processes > 1 and options["strategy"] == "auto":
-            # Parts that a recipe leaves out of the loss, contrastive heads say, have no gradient.
-            options["strategy"] = "ddp_find_unused_parameters_true"
+            # Static: parts that a recipe leaves out of the loss never have a gradient.
+            options["strategy"] = DDPStrategy(static_graph=True, timeout=PATIENCE)
+        if not options["plugins"] and _under_slurm():
+            # A run that was stopped goes on by itself: Lightning is not to save and requeue, too.
+            options["plugins"] = SLURMEnvironment(auto_requeue=False)
         # The data module's samplers know of processes, and repeat no image to fill a batch.
         options["use_distributed_sampler"] = False
         return L.Trainer(**options)
@@ -291,7 +300,7 @@ class Recipe(LightningCLI):
         ConfigError
             `trainer.devices` is no number and no list of devices.
         """
-        trainer = self.settings()["trainer"]
+        trainer = self.config["trainer"]
         devices = trainer["devices"]
         if isinstance(devices, str):
             if devices not in ("auto", "1") and not re.fullmatch(r"[1-9]\d*|\d+(,\d+)+,?", devices):
@@ -333,6 +342,10 @@ class Recipe(LightningCLI):
     def settings(self) -> dict[str, Any]:
         """Every setting as plain types."""
         return yaml.safe_load(self.resolved())
+
+
+def _under_slurm() -> bool:
+    return SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
 
 
 def _absolute(name: str, args: Sequence[str]) -> str:

@@ -15,22 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from chasm.data.datamodule import NSDDataModule, subject_name
 from chasm.data.subjects import SubjectsDataModule
 from chasm.errors import ConfigError, DataError, TrainingError
 from chasm.io import digest, sha256_of_file, write_json, write_text
+from chasm.processes import wait_for_all
 from chasm.progress import console
 from chasm.training.base import EncodingModule
-from chasm.training.callbacks import FiniteValidation, SeededSteps, progress_callback
+from chasm.training.callbacks import FiniteValidation, SeededSteps, StopTogether, progress_callback
 from chasm.training.checkpoints import load_module, read_checkpoint
 from chasm.training.joint import JointModule, subject_runs, write_subject_runs
+from chasm.training.launch import is_main_process, speak_once
 from chasm.training.modules import Stage1Module
 from chasm.training.provenance import provenance
 from chasm.training.recipes import Recipe
@@ -166,6 +166,7 @@ def fit(recipe: Recipe, *, fresh: bool = False, callbacks: Sequence[L.Callback] 
     DataError, ConfigError
         The data cannot be used, or another process trains the same run.
     """
+    speak_once(recipe)
     _check_before(recipe)
     data = training_data(recipe)
     run = run_folder(recipe, data)
@@ -174,7 +175,7 @@ def fit(recipe: Recipe, *, fresh: bool = False, callbacks: Sequence[L.Callback] 
         log.info("run is current: %s (trained at revision %s)", run, revision)
         return run
     if not is_main_process(recipe):
-        return _train(recipe, data, run, callbacks)
+        return _follow(recipe, data, run, fresh, callbacks)
     run.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(run / ".lock", timeout=0):
@@ -185,9 +186,14 @@ def fit(recipe: Recipe, *, fresh: bool = False, callbacks: Sequence[L.Callback] 
         ) from error
 
 
-def is_main_process(recipe: Recipe) -> bool:
-    """Whether this is the process that writes: the only one, or the first of several."""
-    return recipe.n_processes == 1 or int(getattr(rank_zero_only, "rank", 0) or 0) == 0
+def _follow(
+    recipe: Recipe, data: TrainingData, run: Path, fresh: bool, callbacks: Sequence[L.Callback]
+) -> Path:
+    """Train as one of the further processes; what ends training, all meet and the first tells."""
+    try:
+        return _train(recipe, data, run, fresh, callbacks)
+    except TrainingError:
+        raise SystemExit(0) from None
 
 
 def _fit_locked(
@@ -196,16 +202,18 @@ def _fit_locked(
     if fresh:
         for old in [*run.glob("checkpoints/*.ckpt"), *run.glob("logs/*/metrics.csv")]:
             old.unlink()
-    return _train(recipe, data, run, callbacks)
+    return _train(recipe, data, run, fresh, callbacks)
 
 
-def _train(recipe: Recipe, data: TrainingData, run: Path, callbacks: Sequence[L.Callback]) -> Path:
+def _train(
+    recipe: Recipe, data: TrainingData, run: Path, fresh: bool, callbacks: Sequence[L.Callback]
+) -> Path:
     writes = is_main_process(recipe)
     last = run / "checkpoints" / "last.ckpt"
     data.setup("fit")
     L.seed_everything(recipe.seed, workers=True, verbose=False)
     model = _make_model(recipe)
-    resume = last if last.is_file() else None
+    resume = last if last.is_file() and not fresh else None
     if resume is not None:
         read_checkpoint(resume)
         log.info("going on from %s", resume)
@@ -240,8 +248,7 @@ def _train(recipe: Recipe, data: TrainingData, run: Path, callbacks: Sequence[L.
         if isinstance(data, SubjectsDataModule):
             write_subject_runs(run, recipe, data, facts)
         write_json(run / "provenance.json", facts | {"status": "finished"})
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()  # nobody asks whether the run is finished before it is
+    wait_for_all()  # nobody asks whether the run is finished before it is
     return run
 
 
@@ -306,6 +313,7 @@ def _check_source(recipe: Recipe, model: EncodingModule) -> None:
 def _trained(trainer: L.Trainer, model: L.LightningModule) -> dict[str, Any]:
     selected = trainer.checkpoint_callback
     assert isinstance(selected, ModelCheckpoint)
+    requiring = sum(p.numel() for p in model.parameters() if p.requires_grad)
     score = selected.best_model_score
     return {
         "epochs": trainer.current_epoch,
@@ -313,7 +321,7 @@ def _trained(trainer: L.Trainer, model: L.LightningModule) -> dict[str, Any]:
         "selected_by": selected.monitor,
         "selected_score": None if score is None else float(score),
         "n_parameters": sum(p.numel() for p in model.parameters()),
-        "n_trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "n_trained": getattr(model, "n_trained", requiring),
     }
 
 
@@ -331,6 +339,7 @@ def _callbacks(recipe: Recipe, run: Path) -> list[L.Callback]:
         ),
         FiniteValidation(choice.monitor),
         SeededSteps(recipe.seed),
+        StopTogether(),
         LearningRateMonitor(logging_interval="epoch"),
         progress_callback(),
     ]

@@ -28,6 +28,7 @@ import torch
 
 from chasm.errors import ChasmError
 from chasm.io import write_text
+from chasm.training.launch import refuse_several
 from chasm.training.recipes import Recipe
 from chasm.training.runs import RunInterruptedError, fit
 
@@ -37,6 +38,13 @@ MAX_JOBS = 4
 """Processes that are started unless more are asked for."""
 
 _PACKAGE = "chasm"
+
+_ADVISERS = tuple(
+    f"lightning.{package}.utilities.{module}"
+    for package in ("pytorch", "fabric")
+    for module in ("rank_zero", "seed")
+)
+"""Loggers of Lightning that advise."""
 
 
 class Fitted(NamedTuple):
@@ -80,8 +88,8 @@ def fit_side_by_side(
     threads = max(1, torch.get_num_threads() // jobs)
     found: dict[str, Fitted] = {}
     with (
-        _heard(context) as queue,
-        ProcessPoolExecutor(jobs, context, _begin, (queue, threads, os.getpid())) as pool,
+        heard(context) as queue,
+        ProcessPoolExecutor(jobs, context, begin, (queue, threads, os.getpid())) as pool,
     ):
         waiting = {
             pool.submit(_fit_apart, name, recipe.resolved(), fresh): name
@@ -105,6 +113,7 @@ def _result(done: Future[Fitted]) -> Fitted:
 
 def _fitted(recipe: Recipe, fresh: bool) -> Fitted:
     try:
+        refuse_several(recipe, "training side by side")
         return Fitted(fit(recipe, fresh=fresh))
     except RunInterruptedError:
         raise
@@ -115,7 +124,7 @@ def _fitted(recipe: Recipe, fresh: bool) -> Fitted:
 
 
 @contextmanager
-def _heard(context: SpawnContext) -> Iterator[Any]:
+def heard(context: SpawnContext) -> Iterator[Any]:
     """Give a queue whose log records are handled here, as if they were said here."""
     queue = context.Queue()
     listener = logging.handlers.QueueListener(queue, _Here())
@@ -137,7 +146,7 @@ class _Here(logging.Handler):
 # In the other processes.
 
 
-def _begin(queue: Any, threads: int, parent: int) -> None:
+def begin(queue: Any, threads: int, parent: int) -> None:
     """Share the cores, log to the parent, and end when the parent does."""
     torch.set_num_threads(threads)
     threadpoolctl.threadpool_limits(threads)
@@ -147,6 +156,8 @@ def _begin(queue: Any, threads: int, parent: int) -> None:
     logger.handlers[:] = [logging.handlers.QueueHandler(queue)]
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    for module in _ADVISERS:
+        logging.getLogger(module).setLevel(logging.WARNING)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
@@ -157,7 +168,7 @@ def _end_with(parent: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-class _Named(logging.Filter):
+class Named(logging.Filter):
     """Begins every message with the name of the recipe."""
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -167,7 +178,7 @@ class _Named(logging.Filter):
 
 def _fit_apart(name: str, resolved: str, fresh: bool) -> Fitted:
     handler = logging.getLogger(_PACKAGE).handlers[0]
-    handler.filters[:] = [_Named(name)]
+    handler.filters[:] = [Named(name)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.yaml"
         write_text(path, resolved)

@@ -18,6 +18,7 @@ from chasm.models.sites import Site
 from chasm.models.stage2 import MambaVAE
 from chasm.models.tokens import TokenScaler
 from chasm.parcellation import Aggregation, Parcellation
+from chasm.processes import weigh
 from chasm.training.base import EncodingModule, Unit, facts_of, title_of
 from chasm.training.checkpoints import build_module, describe_module
 from chasm.training.modules import Stage1Module
@@ -253,12 +254,12 @@ class Stage2Module(EncodingModule):
         """Compute the loss of the network on voxels."""
         _, terms = self.terms(batch)
         self.log_terms(terms, len(batch["betas"]))
-        return terms["total"]
+        return weigh(terms["total"], len(batch["betas"]))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Take the batch into the validation scores."""
         voxels, terms = self.terms(batch)
-        self.log("val/loss", terms["total"], batch_size=len(batch["betas"]), sync_dist=True)
+        self.log_means({"val/loss": terms["total"]}, len(batch["betas"]))
         self.watch(voxels, batch)
 
 

@@ -115,7 +115,7 @@ def test_draws_are_summarised_and_seeded(stage2, stage2_file):
     assert (stage2_file.draws.n, stage2_file.draws.seed) == (3, recipe.seed)
     data.setup("test")
     reading = Reading(model, data)
-    again = predicting._predict(reading, 3, recipe.seed).draws
+    again = predicting.predict_rows(reading, 3, recipe.seed).draws
     np.testing.assert_allclose(again.mean, stage2_file.draws.mean, atol=1e-5)
     np.testing.assert_allclose(again.variance, stage2_file.draws.variance, atol=1e-6)
     first = next(iter(data.test_dataloader()))
@@ -128,7 +128,7 @@ def test_draws_are_summarised_and_seeded(stage2, stage2_file):
         stage2_file.draws.variance[:n], drawn.var(axis=0, ddof=1), rtol=1e-3, atol=1e-7
     )
     assert stage2_file.draws.variance.max() > 0
-    assert predicting._predict(reading, 0, recipe.seed).draws is None
+    assert predicting.predict_rows(reading, 0, recipe.seed).draws is None
 
 
 def test_predictions_with_another_number_of_draws_are_not_current(stage2, tmp_path):
@@ -157,10 +157,10 @@ def test_an_error_of_a_model_that_can_draw_is_not_hidden(stage2, monkeypatch):
 
     monkeypatch.setattr(model, "draws", broken)
     with pytest.raises(ConfigError, match="broken"):
-        predicting._predict(Reading(model, data), 3, recipe.seed)
+        predicting.predict_rows(Reading(model, data), 3, recipe.seed)
     # Without a latent it is not asked at all.
     monkeypatch.setattr(model.decoder, "latent", None)
-    assert predicting._predict(Reading(model, data), 3, recipe.seed).draws is None
+    assert predicting.predict_rows(Reading(model, data), 3, recipe.seed).draws is None
 
 
 def test_the_report_of_a_stage_2_compares_it_with_the_stage_before(stage2):

@@ -5,10 +5,14 @@ from pathlib import Path
 import pytest
 
 from chasm.training.recipes import Recipe
+from chasm.training.search_space import read_sweep
+from chasm.training.space_checks import check_space
 
 ROOT = Path(__file__).parents[2]
 RETRAIN = sorted((ROOT / "ablations" / "retrain").glob("*.yaml"))
-RECIPES = [*sorted((ROOT / "experiments").rglob("*.yaml")), *RETRAIN]
+SWEEPS = sorted((ROOT / "experiments" / "sweeps").glob("*.yaml"))
+FOUND = sorted(set((ROOT / "experiments").rglob("*.yaml")) - set(SWEEPS))
+RECIPES = [*FOUND, *RETRAIN]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -22,9 +26,17 @@ def test_a_recipe_parses_and_builds(path):
     assert header.startswith("# "), "a recipe says what it is"
 
 
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.name)
+def test_a_sweep_searches_keys_of_its_recipe(path):
+    sweep = read_sweep(path)
+    recipe = check_space(sweep)
+    assert sweep.values_of(recipe.settings()) is not None, "the recipe as it is comes first"
+    assert path.read_text().startswith("# "), "a sweep says what it is"
+
+
 def test_recipes_are_listed_with_their_command():
     text = (ROOT / "experiments" / "README.md").read_text()
-    for path in RECIPES:
+    for path in [*RECIPES, *SWEEPS]:
         below = "experiments" if path not in RETRAIN else "ablations"
         assert str(path.relative_to(ROOT / below)) in text
 

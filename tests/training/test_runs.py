@@ -239,12 +239,6 @@ def test_a_signal_ends_with_its_status_and_one_line(tiny_recipe, tmp_path, numbe
     assert (run / "metrics.csv").is_file()
 
 
-@pytest.mark.parametrize("extra", [["--trainer.devices", "2"], ["--trainer.num_nodes", "2"]])
-def test_several_devices_are_refused_before_anything_starts(tiny_recipe, extra):
-    with pytest.raises(ConfigError, match="one device"):
-        fit(Recipe([*tiny_recipe, *extra]))
-
-
 def test_a_value_that_is_not_logged_cannot_select(tiny_recipe, tmp_path):
     with pytest.raises(ConfigError, match=r"val/mze.*val/mse"):
         fit(Recipe([*tiny_recipe, "--selection.monitor", "val/mze"]))

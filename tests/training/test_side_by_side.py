@@ -34,7 +34,7 @@ def test_every_recipe_is_trained_and_a_failure_is_named(jobs, recipes, caplog):
     assert seeds == [1, 2]
     assert all(is_finished(found[name].run) for name in ("a%", "b"))
     assert found["bad"].run is None
-    assert found["bad"].error.startswith("trainer.devices: '3': training runs on one device")
+    assert found["bad"].error.startswith("trainer.devices: training side by side uses one device")
     said = [record.getMessage() for record in caplog.records]
     prefix = {1: "", 2: "b: "}[jobs]
     assert any(line.startswith(f"{prefix}epoch 1 of 1") for line in said)

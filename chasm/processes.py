@@ -1,0 +1,125 @@
+"""Processes that train together: which one this is, and what they tell each other.
+
+Everything here is the identity, or 1, where one process trains alone. Otherwise every process has
+to call the same functions in the same order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")
+"""Variables in which torchrun, SLURM and Lightning number processes and nodes, from 0."""
+
+
+def n_processes() -> int:
+    """Count the processes that train together now."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this is the first of the processes, also before they have found each other."""
+    if n_processes() > 1:
+        return dist.get_rank() == 0
+    return all(int(os.environ.get(name) or 0) == 0 for name in RANKS)
+
+
+def gather(rows: Tensor) -> Tensor:
+    """Stack the rows of all processes, in the order of the processes.
+
+    Gradients flow back to the process that a row came from, summed over the processes.
+
+    Parameters
+    ----------
+    rows
+        (own rows, ...), floating or integer; the number may differ between processes.
+
+    Returns
+    -------
+    Tensor
+        (all rows, ...).
+    """
+    if n_processes() == 1:
+        return rows
+    counts, own = _counts(len(rows), rows.device), dist.get_rank()
+    before, after = sum(counts[:own]), sum(counts[own + 1 :])
+    width = rows.shape[1:]
+    padded = torch.cat([rows.new_zeros(before, *width), rows, rows.new_zeros(after, *width)])
+    found: Tensor = _Sum.apply(padded)
+    return found
+
+
+def own_rows(rows: Tensor) -> slice:
+    """Say which rows of what `gather` gives are this process's own."""
+    if n_processes() == 1:
+        return slice(0, len(rows))
+    counts, own = _counts(len(rows), rows.device), dist.get_rank()
+    start = sum(counts[:own])
+    return slice(start, start + counts[own])
+
+
+def weigh(loss: Tensor, n: int) -> Tensor:
+    """Weigh a mean over this process's `n` images, so that gradients are of the mean over all.
+
+    DDP takes the plain mean of the processes' gradients, whatever each has seen.
+    """
+    if n_processes() == 1:
+        return loss
+    counts = _counts(n, loss.device)
+    return loss * (n * len(counts) / sum(counts))
+
+
+def any_of(value: bool, device: torch.device) -> bool:
+    """Whether `value` holds in any process."""
+    if n_processes() == 1:
+        return value
+    return bool(sum(_counts(int(value), device)))
+
+
+def take_from_first(tensors: Iterable[Tensor]) -> None:
+    """Overwrite tensors, in place, by what they are in the first process."""
+    if n_processes() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor.data, src=0)
+
+
+def wait_for_all() -> None:
+    """Go on when every process is here."""
+    if n_processes() > 1:
+        dist.barrier()
+
+
+def part_ways() -> None:
+    """End what the processes have together; from here on each is alone."""
+    if n_processes() > 1:
+        wait_for_all()
+        dist.destroy_process_group()
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over processes, of values and, backward, of gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+
+def _counts(own: int, device: torch.device) -> list[int]:
+    counts = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
+    counts[dist.get_rank()] = own
+    dist.all_reduce(counts)
+    return counts.tolist()
