@@ -39,8 +39,8 @@ from chasm.evaluation.reading import OpenedRun, note_reading, open_run
 from chasm.evaluation.testing import volume_of
 from chasm.io import digest, sha256_of_file, write_json
 from chasm.pipeline import prepare_recipe
-from chasm.training.linear_module import LinearModule
 from chasm.training.launch import leave_to_first
+from chasm.training.linear_module import LinearModule
 from chasm.training.run_files import read_provenance
 from chasm.training.runs import fit
 

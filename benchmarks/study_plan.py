@@ -248,16 +248,17 @@ def unit_table(costs: Costs) -> list[list[str]]:
             published, f"{cost['parameters'] / 1e6:.1f} M", gigabytes(cost["memory"]),
             gigabytes(cost["bytes"]),
         ])  # fmt: skip
-    tokens, session = costs["tokens"], costs["session"]
-    rows.append(["image to tokens, DINOv2 ViT-B/14 at 224 px", f"{1000 * tokens['seconds']:.0f}",
-                 "–", "–", gigabytes(tokens["memory"]),
-                 f"{tokens['bytes'] / 1e3:.0f} kB an image"])  # fmt: skip
-    rows.append(["session of betas to store", f"{1000 * session['seconds']:.0f}", "–", "–",
-                 gigabytes(session["memory"]), gigabytes(session["bytes"])])  # fmt: skip
-    kernel = costs["kernel"]
-    rows.append([f"closed form of {SMALL} images: kernel + solution",
-                 f"{1000 * kernel['seconds']:.0f} + {1000 * kernel['solve']:.0f}", "–", "–",
-                 gigabytes(kernel["memory"]), "–"])  # fmt: skip
+    tokens, session, kernel = costs["tokens"], costs["session"], costs["kernel"]
+    others = [
+        ("image to tokens, DINOv2 ViT-B/14 at 224 px", f"{1000 * tokens['seconds']:.0f}", tokens,
+         f"{tokens['bytes'] / 1e3:.0f} kB an image"),
+        ("a session's betas, read from the page cache (ms a session)",
+         f"{1000 * session['seconds']:.0f}", session, gigabytes(session["bytes"])),
+        (f"closed form of {SMALL} images (ms in all): kernel + solution",
+         f"{1000 * kernel['seconds']:.0f} + {1000 * kernel['solve']:.0f}", kernel, "–"),
+    ]  # fmt: skip
+    for what, ms, cost, disk in others:
+        rows.append([what, ms, "–", "–", gigabytes(cost["memory"]), disk])
     return rows
 
 
@@ -268,7 +269,7 @@ def study_table(costs: Costs) -> tuple[list[list[str]], list[float]]:
     voxels = sum(facts.nsdgeneral_voxels for facts in NSD_SUBJECTS.values())
     rows_kept = 11  # predictions, target and repeats of a Stage-2 run
     entries: list[tuple[str, int, float, float | None, float]] = [
-        ("prepare: every session of every subject", sessions,
+        ("reading every session of every subject, stores", sessions,
          sessions * costs["session"]["seconds"] / 3600, None,
          2.0 * TRIALS_PER_SESSION * sum(
              f.sessions * f.nsdgeneral_voxels for f in NSD_SUBJECTS.values())),

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chasm.errors import ConfigError
-from chasm.models.baselines import BANDS, LinearEncoder
+from chasm.models.baselines import BANDS, LinearEncoder, fit_mixture
 from chasm.models.kernels import FeatureKernels, linear_kernels
 from chasm.training.sources import fit_head
 
@@ -23,9 +23,6 @@ FloatArray = NDArray[np.floating[Any]]
 
 TOKEN_SPACES = ("cls", "patches")
 """Spaces of the frozen vision backbone."""
-
-EQUAL = np.array([[0.5, 0.5]], dtype=np.float32)
-"""Their shares in ridge."""
 
 ArmKind = Literal["reference", "baseline", "adapter"]
 
@@ -103,22 +100,6 @@ class FeatureTable:
         return np.searchsorted(self.image_ids, image_ids)
 
 
-def fit_mixture(
-    kernels: Mapping[str, FeatureKernels],
-    targets: FloatArray,
-    shares: NDArray[np.float32],
-    seed: int,
-) -> LinearEncoder:
-    """Fit ridge with one mixture of the spaces for all units, and a penalty for each unit."""
-    searched = LinearEncoder(tuple(kernels), shares=shares, seed=seed).fit(kernels, targets)
-    if len(shares) == 1:
-        return searched
-    best = int(searched.cv_scores_.mean(axis=1).argmax())
-    return LinearEncoder(tuple(kernels), shares=shares[best : best + 1], seed=seed).fit(
-        kernels, targets
-    )
-
-
 class SolvedArms:
     """The solved arms on one set of images.
 
@@ -157,13 +138,13 @@ class SolvedArms:
         if arm == "mean_pattern":
             mean = self.responses.mean(axis=0, dtype=np.float64)
             return np.broadcast_to(mean, (len(self.test_ids), n_units)), n_units
+        kernels = self._feature_kernels if arm == "ridge_head" else self._token_kernels
         if arm == "ridge_head":
-            kernels = self._feature_kernels
             ridge = fit_head(kernels, self.responses, self.seed)
+        elif arm == "banded_ridge":
+            ridge = fit_mixture(kernels, self.responses, BANDS, self.seed)
         else:
-            kernels = self._token_kernels
-            shares = BANDS if arm == "banded_ridge" else EQUAL
-            ridge = fit_mixture(kernels, self.responses, shares, self.seed)
+            ridge = LinearEncoder(TOKEN_SPACES, seed=self.seed).fit(kernels, self.responses)
         return ridge.predict(kernels), ridge.n_parameters_
 
     @cached_property

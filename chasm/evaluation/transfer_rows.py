@@ -129,8 +129,10 @@ def transfer_grid(table: TransferTable) -> Grid:
     unit = table.rows[0].info.unit
     columns = [label_of(metric, unit, short=True) for metric in METRICS]
     difference = label_of("noise_normalised_r2", unit, short=True)
-    variances = {row.target: row.target_variance for row in table.rows}
-    noted = ", ".join(f"{name} {value:.3f}" for name, value in variances.items())
+    noted = ", ".join(
+        f"{row.target} {row.target_variance:.3f} ({row.n_images} test images)"
+        for row in {row.target: row for row in table.rows}.values()
+    )
     return Grid(
         "Transfer to a new subject, all its train images",
         (
@@ -163,8 +165,9 @@ def findings(table: TransferTable) -> list[str]:
     frame = frame[~frame["arm"].isin(["mean_pattern", "banded_ridge"])]
     groups = {
         "Above ridge from scratch": frame["difference_low"] > 0,
-        "Below it": frame["difference_high"] < 0,
-        "Not told apart from it": (frame["difference_low"] <= 0) & (frame["difference_high"] >= 0),
+        "Below ridge from scratch": frame["difference_high"] < 0,
+        "Not told apart from ridge from scratch": (frame["difference_low"] <= 0)
+        & (frame["difference_high"] >= 0),
     }
     sentences = []
     for what, chosen in groups.items():

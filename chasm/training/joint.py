@@ -24,7 +24,7 @@ from chasm.training.checkpoints import load_module, read_checkpoint
 from chasm.training.modules import Stage1Module
 from chasm.training.optimisation import make_optimizer
 from chasm.training.recipes import Recipe
-from chasm.training.run_files import read_provenance
+from chasm.training.run_files import is_finished, read_provenance
 
 
 class JointModule(L.LightningModule):
@@ -157,11 +157,11 @@ class JointModule(L.LightningModule):
 
 
 def subject_runs(run: Path) -> list[Path]:
-    """Give the runs of the single subjects in the run of several; none in any other folder.
+    """Give the runs of the single subjects in the finished run of several; none elsewhere.
 
     They are in the order of the subjects in the recipe.
     """
-    if not (run / "provenance.json").is_file():
+    if not is_finished(run):
         return []
     return [run / name for name in read_provenance(run).get("subjects", ())]
 
@@ -202,10 +202,12 @@ def write_subject_runs(
         with atomic_path(folder / "metrics.csv") as temporary:
             _metrics_of(name, data.parts, metrics).to_csv(temporary, index=False)
         write_text(folder / "config.yaml", recipe.for_subject(name).resolved())
+        parameters = list(load_module(checkpoint).parameters())
         trained = {
             **facts["trained"],
             "together_with": [other for other in data.parts if other != name],
-            "n_parameters": sum(p.numel() for p in load_module(checkpoint).parameters()),
+            "n_parameters": sum(p.numel() for p in parameters),
+            "n_trained": sum(p.numel() for p in parameters if p.requires_grad),
         }
         told = {**common, **facts["subjects"][name], "trained": trained, "status": "finished"}
         write_json(folder / "provenance.json", told)

@@ -172,6 +172,7 @@ class Named(logging.Filter):
     """Begins every message with the name of the recipe."""
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Put the name before the message."""
         record.msg, record.args = f"{self.name}: {record.getMessage()}", None
         return True
 

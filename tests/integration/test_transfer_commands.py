@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -273,3 +274,26 @@ def test_the_table_trains_its_sources_and_has_every_row(args, folder, capsys):
     run = next((folder / "runs" / "toy").glob("subj01/*/checkpoints")).parent
     with pytest.raises(ConfigError, match="is no recipe"):
         transfer_table([*args, "--source", str(run)], parse_rows("1>2"))
+
+
+def test_an_arm_that_failed_is_named_and_the_status_is_3(drawn, args, monkeypatch, capsys):
+    folder, curve = drawn
+    broken = replace(curve, failed={"LoRA, 20 images, draw 0": "training diverged"})
+    monkeypatch.setattr("chasm.pipeline_fewshot.few_shot_curve", lambda *_, **__: (folder, broken))
+    assert main(["fewshot", *args]) == 3
+    said = capsys.readouterr()
+    assert "LoRA, 20 images, draw 0 is missing: training diverged" in said.out.replace("\n", " ")
+    assert "1 failed: LoRA, 20 images, draw 0" in said.err
+
+
+def test_images_of_the_first_session_come_in_their_order(args):
+    data = Recipe(args).make_data()
+    shots = draw_shots(data, FewShot(12, 0, "presentation"))
+    shown = data.store.trials["image_id"].to_numpy()
+    own = shown[np.isin(shown, data.full_split.train)]
+    first = list(dict.fromkeys(own.tolist()))[:12]
+    assert shots.image_ids.tolist() == sorted(first)
+    assert (shots.n, shots.n_train) == (12, 10)
+    again = Recipe([*args, *shots.args]).make_data()
+    np.testing.assert_array_equal(again.dataset("given").image_ids, shots.image_ids)
+    assert draw_shots(data, None).args == []

@@ -85,6 +85,16 @@ def test_a_subjects_run_is_tested_like_any_other(joint_run, tmp_path):
     assert next(iter(predictions.rows)) == "stage 1"
 
 
+def test_only_a_finished_run_has_runs_of_its_subjects(joint_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(joint_run, run)
+    assert len(subject_runs(run)) == 2
+    facts = json.loads((run / "provenance.json").read_text())
+    (run / "provenance.json").write_text(json.dumps(facts | {"status": "running"}))
+    assert subject_runs(run) == []
+    assert subject_runs(subject_runs(joint_run)[0]) == []
+
+
 def test_it_remembers_the_subjects_it_was_trained_with(joint_run):
     first = load_module(subject_runs(joint_run)[0] / "checkpoints" / "best.ckpt").trained_on
     (other,) = first["trained_with"]

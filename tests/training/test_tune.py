@@ -1,12 +1,6 @@
 """Sweeps: what a trial is worth, who runs it, what becomes of one that was stopped."""
 
-import logging
-import os
 import shutil
-import signal
-import sqlite3
-import subprocess
-import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -20,9 +14,8 @@ import pytest
 import yaml
 from optuna.trial import TrialState
 
-from chasm.cli import main
 from chasm.data.store import SubjectStore
-from chasm.errors import ChasmError, ConfigError, DataError, TrainingError
+from chasm.errors import ConfigError, DataError, TrainingError
 from chasm.training import study as studies
 from chasm.training import trials as workers
 from chasm.training import tune as sweeps
@@ -30,7 +23,7 @@ from chasm.training.recipes import Recipe
 from chasm.training.run_files import is_finished, read_provenance
 from chasm.training.runs import RunInterruptedError, fit
 from chasm.training.search_space import read_sweep
-from chasm.training.study import Storage, bring_back_dead, counts, open_study, quiet
+from chasm.training.study import Storage, counts, open_study, quiet
 from chasm.training.trials import Objective, Plan, work
 from chasm.training.tune import gpu_of, tune
 from chasm.training.tune_report import Findings, write_findings
@@ -225,65 +218,6 @@ def test_a_stopped_trial_goes_on_from_its_last_epoch(
     assert len(attempts) == 2
 
 
-@pytest.mark.parametrize("kind", ["db", "journal"])
-def test_a_trial_whose_process_is_gone_is_run_again(kind, tmp_path):
-    quiet()
-    storage = Storage.of(str(tmp_path / f"s.{kind}"), tmp_path)
-    study = open_study(storage, "s", "min", {})
-    dead, alive, unlocked = (study.ask() for _ in range(3))
-    for trial in (dead, alive, unlocked):
-        trial.suggest_float("x", 0, 1)
-        trial.report(3.0, 0)
-    holder = subprocess.Popen(
-        [sys.executable, "-c",
-         "import sys; from filelock import FileLock; locks = [FileLock(p) for p in sys.argv[1:]]\n"
-         "for lock in locks: lock.acquire()\nprint('held', flush=True); sys.stdin.read()",
-         str(storage.locks / f"s.{dead.number}")],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert holder.stdout.readline() == "held\n"
-    with storage.lock("s", alive.number), storage.turn:
-        bring_back_dead(study, storage)
-        states = [t.state for t in study.trials[:3]]
-        assert states == [TrialState.RUNNING, TrialState.RUNNING, TrialState.FAIL]
-        holder.kill()
-        holder.communicate()
-        bring_back_dead(study, storage)
-        bring_back_dead(study, storage)
-    found = study.trials
-    assert [t.state for t in found[:3]] == [
-        TrialState.FAIL, TrialState.RUNNING, TrialState.FAIL
-    ]  # fmt: skip
-    assert [t.state for t in found[3:]] == [TrialState.WAITING] * 2
-    assert [t.params for t in found[3:]] == [found[2].params, found[0].params]
-    assert found[4].intermediate_values == {0: 3.0}
-
-
-def test_a_trial_is_not_run_again_for_ever(tmp_path):
-    quiet()
-    storage = Storage.of(str(tmp_path / "s.db"), tmp_path)
-    study = open_study(storage, "s", "min", {})
-    for _ in range(studies.RETRIES + 1):
-        study.ask().suggest_float("x", 0, 1)
-        bring_back_dead(study, storage)
-    assert counts(study) == {TrialState.FAIL: studies.RETRIES + 1}
-
-
-def test_a_server_is_asked_for_signs_of_life(tmp_path, monkeypatch):
-    quiet()
-    monkeypatch.setattr(studies, "HEARTBEAT", 1)
-    monkeypatch.setattr(studies, "GRACE", 1)
-    storage = Storage("server", f"sqlite:///{tmp_path / 's.db'}", tmp_path / ".locks")
-    study = open_study(storage, "s", "min", {})
-    dead, elsewhere = study.ask(), study.ask()
-    storage.open().record_heartbeat(dead._trial_id)
-    time.sleep(2.1)
-    storage.open().record_heartbeat(elsewhere._trial_id)
-    bring_back_dead(study, storage)
-    states = [t.state for t in study.trials]
-    assert states == [TrialState.FAIL, TrialState.RUNNING, TrialState.WAITING]
-
-
 def test_workers_take_no_more_than_is_wanted_and_wait_for_others(sweep_file, tiny_recipe, tmp_path):
     quiet()
     storage = Storage.of(str(tmp_path / "s.db"), tmp_path)
@@ -342,68 +276,6 @@ def test_a_study_of_something_else_is_refused(sweep_file, tiny_recipe, tmp_path,
     monkeypatch.setattr(studies, "PATIENCE", 0.0)
     with pytest.raises(DataError, match="not made by `chasm tune`"):
         swept(sweep_file(), tiny_recipe, storage=storage)
-
-
-@pytest.mark.parametrize("kind", ["db", "journal"])
-def test_a_damaged_storage_is_named(kind, tmp_path):
-    path = tmp_path / f"s.{kind}"
-    path.write_text("this is no study\n" * 300)
-    with pytest.raises(DataError, match=rf"s\.{kind}.*Give another --storage"):
-        open_study(Storage.of(str(path), tmp_path), "s", "min", {})
-
-
-@pytest.mark.parametrize("revision", ["v3.0.0.a", "v99.0.0.a"])
-def test_a_storage_of_another_optuna_is_named(revision, tmp_path):
-    path = tmp_path / "s.db"
-    storage = Storage.of(str(path), tmp_path)
-    open_study(storage, "s", "min", {})
-    with sqlite3.connect(path) as connection:
-        connection.execute("update alembic_version set version_num = ?", (revision,))
-    with pytest.raises(DataError, match=r"s\.db: was written by another version of Optuna.*upgra"):
-        open_study(storage, "s", "min", {})
-
-
-def test_a_study_of_another_format_is_named(tmp_path, monkeypatch):
-    storage = Storage.of(str(tmp_path / "s.journal"), tmp_path)
-    open_study(storage, "s", "min", {})
-    monkeypatch.setattr(studies, "FORMAT", studies.FORMAT + 1)
-    with pytest.raises(DataError, match=r"study s: was written by another version.*format 1"):
-        open_study(storage, "s", "min", {})
-
-
-@pytest.mark.parametrize(("text", "kind"), [
-    (None, "sqlite"), ("a.db", "sqlite"), ("sqlite:///a/b", "sqlite"), ("a.journal", "journal"),
-    ("a.log", "journal"), ("postgresql://u@h/d", "server"), ("mysql+pymysql://u@h/d", "server"),
-])  # fmt: skip
-def test_storages_are_told_by_their_names(text, kind, tmp_path):
-    assert Storage.of(text, tmp_path).kind == kind
-
-
-def test_other_storages_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"--storage: 'study.txt'.*\.db.*\.journal"):
-        Storage.of("study.txt", tmp_path)
-    with pytest.raises(ConfigError, match="driver of this database"):
-        Storage.of("oracle://u:secret@h/d", tmp_path).open()
-    for url in ("nodb://u:secret@h/d", "postgresql://u:secret@h:x/d"):
-        with pytest.raises(ChasmError) as caught:
-            Storage.of(url, tmp_path).open()
-        assert "secret" not in str(caught.value)
-
-
-def test_a_password_is_shown_nowhere(sweep_file, tiny_recipe, monkeypatch, capsys):
-    url = "oracle://me:secret@host/d?password=secret"
-    args = ["tune", "-c", str(sweep_file()), *tiny_recipe[2:], "--storage", url]
-    monkeypatch.setattr(sys, "argv", ["chasm", *args])
-    handlers = logging.getLogger("chasm").handlers[:]
-    try:
-        assert main(args) == 2
-    finally:
-        logging.getLogger("chasm").handlers[:] = handlers
-        logging.getLogger("chasm").propagate = True
-    said = capsys.readouterr()
-    assert "oracle://me:***@host/d: the driver" in said.err
-    assert "secret" not in said.err + said.out + " ".join(sys.argv)  # argv goes into provenance
-    assert "secret" not in repr(Storage.of(url, Path()))
 
 
 @pytest.mark.parametrize(("options", "named"), [
@@ -493,6 +365,21 @@ def test_workers_never_run_the_same_trial_and_no_more_than_are_wanted(
 
 
 @pytest.mark.slow
+def test_the_stage_1_of_a_stage_2_is_trained_once_before_the_trials(
+    sweep_file, tiny_recipe, tmp_path, here
+):
+    stage2 = str(Path(tiny_recipe[1]).with_name("smoke_stage2.yaml"))
+    tuned = swept(sweep_file(recipe=stage2), tiny_recipe)
+    assert [t.state for t in tuned.study.trials] == [TrialState.COMPLETE] * 2
+    (stage1,) = (tmp_path / "runs").glob("*/*/smoke-????????")
+    assert len(list((stage1 / "logs").iterdir())) == 1
+    assert len(list((tmp_path / "runs").glob("*/*/smoke-stage2-*"))) == 2
+    recipe = Recipe(["-c", str(tuned.folder / "best.yaml")])
+    assert recipe.stage1.name == "smoke.yaml"
+    assert str(fit(recipe)) == tuned.study.best_trial.user_attrs["run"]
+
+
+@pytest.mark.slow
 def test_two_workers_never_run_the_same_trial(sweep_file, tiny_recipe):
     path = sweep_file({RATE: {"type": "float", "low": 1e-4, "high": 1e-2, "log": True}},
                       sampler={"kind": "tpe", "startup": 2}, trials=4)  # fmt: skip
@@ -506,57 +393,3 @@ def test_two_workers_never_run_the_same_trial(sweep_file, tiny_recipe):
     assert all(len(list((Path(run) / "logs").iterdir())) == 1 for run in runs)
     assert not [p for p in Storage.of(None, tuned.folder).locks.glob("sweep.[0-9]*") if p.is_file()
                 and p.suffix[1:].isdigit()]  # fmt: skip
-
-
-@pytest.mark.slow
-def test_a_sweep_survives_kill_9_of_a_worker(sweep_file, tiny_recipe, tmp_path):
-    path = sweep_file({RATE: {"type": "float", "low": 1e-4, "high": 1e-2, "log": True}},
-                      sampler={"kind": "tpe"}, settings={"trainer.max_epochs": 8})  # fmt: skip
-    storage = Storage.of(str(tmp_path / "s.db"), tmp_path)
-    command = [sys.executable, "-m", "chasm.cli", "tune", "-c", str(path), *tiny_recipe[2:],
-               "--trials", "5", "--workers", "2", "--storage", storage.place]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    runs, deadline = tmp_path / "runs", time.monotonic() + 300
-    while not (found := list(runs.rglob("last.ckpt"))) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert found
-    study = studies.load_study(storage, "sweep")
-    victim = next(t for t in study.trials if t.user_attrs.get("run") == str(found[0].parents[1]))
-    os.kill(int(victim.user_attrs["worker"].split(":")[1]), signal.SIGKILL)
-    out, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    assert f"trial {victim.number} was stopped before its end" in " ".join(said.split())
-    assert "another one begins" in said
-    assert "best.yaml" in out
-    trials = study.trials
-    assert counts(study) == {TrialState.COMPLETE: 5, TrialState.FAIL: 1}
-    assert trials[victim.number].state == TrialState.FAIL
-    (again,) = (t for t in trials if t.params == victim.params and t.state == TrialState.COMPLETE)
-    assert again.user_attrs["run"] == victim.user_attrs["run"]
-    assert sorted(again.intermediate_values) == list(range(8))
-    logs = sorted((Path(victim.user_attrs["run"]) / "logs").glob("*/metrics.csv"))
-    assert pd.read_csv(logs[1])["epoch"].min() > 0  # it went on from a whole epoch
-
-
-@pytest.mark.slow
-def test_a_stopped_sweep_goes_on_with_the_same_command(sweep_file, tiny_recipe, tmp_path):
-    path = sweep_file({RATE: {"type": "float", "low": 1e-4, "high": 1e-2, "log": True}},
-                      sampler={"kind": "tpe"}, settings={"trainer.max_epochs": 10})  # fmt: skip
-    storage = Storage.of(str(tmp_path / "s.journal"), tmp_path)
-    command = [sys.executable, "-m", "chasm.cli", "tune", "-c", str(path), *tiny_recipe[2:],
-               "--trials", "3", "--workers", "2", "--storage", storage.place]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 300
-    while not list((tmp_path / "runs").rglob("last.ckpt")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 143, said
-    assert "The same command goes on" in " ".join(said.split())
-    study = studies.load_study(storage, "sweep")
-    assert not counts(study)[TrialState.COMPLETE]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, done.stderr
-    found = counts(study)
-    assert found[TrialState.COMPLETE] == 3
-    assert not found[TrialState.RUNNING] + found[TrialState.WAITING]
