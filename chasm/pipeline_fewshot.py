@@ -23,6 +23,7 @@ from chasm.evaluation.transfer_tables import Curve, curve_frame, draws_frame, ma
 from chasm.io import atomic_path, write_text
 from chasm.pipeline import prepare_recipe
 from chasm.pipeline_transfer import (
+    LEAST_STEPS,
     Target,
     TrainedArm,
     check_subjects,
@@ -40,6 +41,9 @@ log = logging.getLogger(__name__)
 NUMBERS = (20, 100, 200, 300, 750, 1500, 3000)
 """Numbers of images of a curve; all train images come last."""
 
+TRAINED_NUMBERS = (20, 100, 300, 1500)
+"""Those of `NUMBERS` at which arms are trained, and all images."""
+
 Order = Literal["random", "presentation"]
 
 
@@ -53,14 +57,15 @@ class Plan(NamedTuple):
     arms
         See `chasm.evaluation.transfer_arms.ARMS`.
     draws, trained_draws
-        Draws of the images for solved, and for trained arms.
+        Draws of the images for solved, and for trained arms; one where they are more than half of
+        all, because such draws share most images.
     trained_numbers
-        Numbers at which arms are trained; None: all of them.
+        Numbers at which arms are trained, None for all images; without any: all `numbers` or,
+        without these, `TRAINED_NUMBERS` and all images.
     order
         Of the images: ``random``, or ``presentation`` (one draw).
     steps
-        Steps of training of every trained arm, whatever the number of images; None: as many as
-        the recipe takes on all train images.
+        Least steps of training of a trained arm, where the recipe's epochs give fewer.
     """
 
     numbers: Sequence[int | None] | None = None
@@ -69,7 +74,7 @@ class Plan(NamedTuple):
     trained_draws: int = 1
     trained_numbers: Sequence[int | None] | None = None
     order: Order = "random"
-    steps: int | None = None
+    steps: int = LEAST_STEPS
 
 
 def few_shot_curve(
@@ -171,7 +176,7 @@ def _opened(
     shots = [
         draw_shots(data, FewShot(n, draw, plan.order))
         for n in numbers
-        for draw in range(1 if n == available else draws)  # all images: nothing to draw
+        for draw in range(draws if 2 * n <= available else 1)  # larger draws are much the same
     ]
     left_out = tuple(n for n in wanted if n > available)
     if left_out:
@@ -200,7 +205,8 @@ def _trained_shots(shots: Sequence[Shots], plan: Plan) -> list[Shots]:
         A number is not of the curve.
     """
     numbers = sorted({one.n for one in shots})
-    wanted = [numbers[-1] if n is None else n for n in plan.trained_numbers or numbers]
+    usual = [n for n in numbers if plan.numbers or n in (*TRAINED_NUMBERS, numbers[-1])]
+    wanted = [numbers[-1] if n is None else n for n in plan.trained_numbers or usual]
     if unknown := sorted(set(wanted) - set(numbers)):
         raise ConfigError(
             "--trained-numbers", f"{unknown} are not of the curve", f"Use some of {numbers}."

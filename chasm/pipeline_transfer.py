@@ -42,6 +42,9 @@ from chasm.training.sources import check_sources
 
 log = logging.getLogger(__name__)
 
+LEAST_STEPS = 80
+"""Of training over few images: on validation, more made trained arms no better."""
+
 
 class Target(NamedTuple):
     """A new subject with its source, both there."""
@@ -72,6 +75,7 @@ def adapt(
     arm: str | None = None,
     n: int | None = None,
     draw: int = 0,
+    steps: int | None = None,
     n_boot: int = 2000,
     fresh: bool = False,
     **origin: Any,
@@ -87,8 +91,11 @@ def adapt(
     arm
         Instead of the recipe's.
     n, draw
-        Images of the new subject, and which draw of them; training takes as many steps as it
-        would on all. None: all, with the split's own validation images.
+        Images of the new subject, and which draw of them. None: all, with the split's own
+        validation images.
+    steps
+        Least steps of training on `n` images, where the recipe's epochs give fewer; None:
+        `LEAST_STEPS`.
     n_boot
         Bootstrap resamples of the table.
     fresh
@@ -114,7 +121,7 @@ def adapt(
     args = with_folder(args, recipe)
     if n is not None:
         shots = draw_shots(recipe.make_data(), FewShot(n, draw))
-        args += [*shots.args, *epochs_of(args, recipe, shots, None)]
+        args += [*shots.args, *epochs_of(recipe, shots, steps or LEAST_STEPS)]
         recipe = Recipe(args)
     log.info("step: fit")
     run = fit(recipe, fresh=fresh)
@@ -179,7 +186,7 @@ def transfer_table(
         for arm in arms
         if ARMS[arm].trained and target.within is None
     }
-    runs = train_arms(wanted, None, jobs, failed, fresh=fresh)
+    runs = train_arms(wanted, LEAST_STEPS, jobs, failed, fresh=fresh)
     found = []
     for target in targets.values():
         own = {
@@ -286,7 +293,7 @@ def _target(recipe: Recipe, args: Sequence[str], source: Path) -> Target:
 
 def train_arms(
     arms: Mapping[str, TrainedArm],
-    steps: int | None,
+    steps: int,
     jobs: int | None,
     failed: dict[str, str],
     *,
@@ -295,7 +302,7 @@ def train_arms(
     """Train arms side by side and give their runs by name; note those that failed."""
     recipes = {}
     for name, (target, arm, shots) in arms.items():
-        more = epochs_of(target.args, target.recipe, shots, steps)
+        more = epochs_of(target.recipe, shots, steps)
         recipes[name] = Recipe([*target.args, *arm_args(arm), *shots.args, *more])
     if recipes:
         log.info("training %d arms", len(recipes))
@@ -305,26 +312,23 @@ def train_arms(
     return {name: found.run for name, found in fitted.items() if found.run is not None}
 
 
-def epochs_of(args: Sequence[str], recipe: Recipe, shots: Shots, steps: int | None) -> list[str]:
-    """Give the epochs over few images that take as many steps as the recipe's over all.
+def epochs_of(recipe: Recipe, shots: Shots, steps: int) -> list[str]:
+    """Give the recipe's epochs or, over few images, as many as take some steps.
 
     Parameters
     ----------
-    args, recipe
-        Of the adapter; epochs among the arguments stay as they are.
+    recipe
+        Of the adapter.
     shots
         Images.
     steps
-        Instead of the recipe's.
+        Least steps of training.
     """
     settings = recipe.settings()
     epochs, size = settings["trainer"]["max_epochs"], settings["data"]["batch_size"]
-    if steps is None:
-        given = any(arg.startswith("--trainer.max_epochs") for arg in args)
-        if given or shots.few is None or not epochs or epochs < 0:
-            return []
-        steps = epochs * ceil(len(recipe.make_data().full_split.train) / size)
-    return ["--trainer.max_epochs", str(max(1, round(steps / ceil(shots.n_train / size))))]
+    if shots.few is None or not epochs or epochs < 0:
+        return []
+    return ["--trainer.max_epochs", str(max(epochs, ceil(steps / ceil(shots.n_train / size))))]
 
 
 def folder_of(target: Target, name: str, order: str = "random") -> Path:

@@ -28,12 +28,13 @@ def adapt(args: list[str]) -> None:
         "--n", type=int, default=None, help="images of the new subject (default: all)"
     )
     parser.add_argument("--draw", type=int, default=0, help="which draw of them")
+    _steps_option(parser)
     found, rest, origin = _parse(parser, args, n_boot=2000)
     from chasm.pipeline_transfer import adapt as run
     from chasm.training.run_files import read_provenance
 
     folder = run(
-        rest, arm=found.arm, n=found.n, draw=found.draw,
+        rest, arm=found.arm, n=found.n, draw=found.draw, steps=found.steps,
         n_boot=found.n_boot, fresh=found.fresh, **origin,
     )  # fmt: skip
     trained = read_provenance(folder)["trained"]
@@ -56,15 +57,15 @@ def fewshot(args: list[str]) -> None:
     parser.add_argument("--draws", type=int, default=3, help="of the images, for solved arms")
     parser.add_argument("--trained-draws", type=int, default=1, help="for trained arms")
     parser.add_argument(
-        "--trained-numbers", type=_numbers, default=None, help="train arms only at these numbers"
+        "--trained-numbers",
+        type=_numbers,
+        default=None,
+        help="where arms are trained (default: 20, 100, 300, 1500 and all, or --numbers)",
     )
     parser.add_argument(
         "--first-session", action="store_true", help="images in the order they were presented"
     )
-    parser.add_argument(
-        "--steps", type=int, default=None,
-        help="of training of every trained arm (default: as many as on all images)",
-    )  # fmt: skip
+    _steps_option(parser)
     _jobs_option(parser)
     found, rest, origin = _parse(parser, args, n_boot=1000)
     from chasm.evaluation.transfer_tables import show
@@ -129,6 +130,13 @@ def _numbers(text: str) -> tuple[int | None, ...]:
         return tuple(None if part == "all" else int(part) for part in text.split(","))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no list like 20,100,all") from error
+
+
+def _steps_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--steps", type=int, default=80,
+        help="least steps of training on few images, where the recipe's epochs give fewer",
+    )  # fmt: skip
 
 
 def _jobs_option(parser: argparse.ArgumentParser) -> None:

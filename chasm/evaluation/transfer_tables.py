@@ -179,7 +179,8 @@ def metric_grid(curve: Curve, frame: pd.DataFrame, metric: str) -> Grid:
         label_of(metric, curve.info.unit),
         tuple(f"N = {n}" for n in numbers),
         tuple(lines),
-        "Value: mean over draws ± standard deviation over draws (where there are several).",
+        "Value: mean over draws ± standard deviation over draws, where there are several: there is "
+        "one draw of more than half of all images.",
     )
 
 
@@ -234,21 +235,33 @@ def size_grid(frame: pd.DataFrame) -> Grid:
 
 
 def findings(curve: Curve) -> list[str]:
-    """Say at which numbers of images every adapter is above, below or beside the scratch arms."""
-    metric = curve.metric
-    first = (
-        f"{label_of(metric, curve.info.unit)} on {curve.n_images} test images of "
-        f"{curve.info.subject}; source: {', '.join(curve.sources)}."
-    )
-    sentences = [first]
-    arms = {cell.arm for cell in curve.cells}
-    for reference in (REFERENCE, STRONGER):
-        if reference not in arms:
-            continue
-        frame = curve_frame(curve.cells, reference)
-        frame = frame[(frame["metric"] == metric) & (frame["kind"] == "adapter")]
+    """Say at which numbers of images every adapter is above, below or beside the scratch arms.
+
+    Every adapter is compared with ridge by two metrics, and with banded ridge where it is above
+    ridge at some number.
+    """
+    unit, metric = curve.info.unit, curve.metric
+    sentences = [
+        f"{label_of(metric, unit)} on {curve.n_images} test images of {curve.info.subject}; "
+        f"source: {', '.join(curve.sources)}."
+    ]
+    against = {
+        reference: curve_frame(curve.cells, reference).query("kind == 'adapter'")
+        for reference in (REFERENCE, STRONGER)
+    }
+    ahead = against[REFERENCE].query("metric == @metric and difference_low > 0")["arm"]
+    for reference, key in (
+        (REFERENCE, metric),
+        (STRONGER, metric),
+        (REFERENCE, "voxelwise_correlation_mean"),
+    ):
+        frame = against[reference]
+        frame = frame[(frame["metric"] == key) & (frame["difference_draws"] > 0)]
+        if reference == STRONGER:
+            frame = frame[frame["arm"].isin(ahead)]
+        start = "" if key == metric else f"By {label_of(key, unit).lower()}: "
         sentences += [
-            _finding(own["label"].iloc[0], ARMS[reference].label, own)
+            start + _finding(own["label"].iloc[0], ARMS[reference].label, own)
             for _, own in frame.groupby("arm", sort=False)
         ]
     return sentences

@@ -29,15 +29,7 @@ from chasm.training.base import EncodingModule
 from chasm.training.checkpoints import build_module, describe_module
 from chasm.training.closed_form import responses, solve
 from chasm.training.modules import Stage1Module
-from chasm.training.sources import (  # noqa: F401
-    HEAD_SHARES,
-    check_sources,
-    encoder_of,
-    features_of,
-    fit_head,
-    source_features,
-    stage1_of,
-)
+from chasm.training.sources import check_sources, encoder_of, features_of, fit_head, stage1_of
 
 Arm = Literal["ridge_head", "head", "lora", "full"]
 

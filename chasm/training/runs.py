@@ -333,7 +333,13 @@ def _callbacks(recipe: Recipe, run: Path) -> list[L.Callback]:
             filename="best",
             monitor=choice.monitor,
             mode=choice.mode,
-            save_last=True,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        ),
+        # One of its own, after the selecting one: `save_last` skips epochs that are not the best.
+        ModelCheckpoint(
+            dirpath=run / "checkpoints",
+            filename="last",
             save_on_train_epoch_end=True,
             enable_version_counter=False,
         ),

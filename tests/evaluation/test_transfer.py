@@ -104,6 +104,8 @@ def test_the_sentences_say_where_an_adapter_is_above_below_or_beside_ridge(cells
     assert "Ridge head is above ridge from scratch at N = 20 (+0.100)" in text
     assert "below ridge from scratch at N = 800 (-0.100)" in text
     assert "not told apart from ridge from scratch at N = 100 (+0.000)" in text
+    assert "By voxelwise correlation (mean): Ridge head is above ridge from scratch at N" in text
+    assert "LoRA is not told apart from ridge from scratch" in text
     assert "banded" not in text
     swapped = [
         cell({"ridge": "ridge_head", "ridge_head": "ridge"}.get(c.arm, c.arm), c.n, c.draw,
@@ -114,6 +116,7 @@ def test_the_sentences_say_where_an_adapter_is_above_below_or_beside_ridge(cells
     with_banded = [*cells, *(cell("banded_ridge", 20, d, 0.3, seed=d) for d in (0, 1))]
     text = " ".join(findings(curve(with_banded)))
     assert "Ridge head is below banded ridge from scratch at N = 20 (-0.140)" in text
+    assert "LoRA is below banded" not in text  # it is nowhere above ridge
 
 
 def test_tables_and_page_hold_every_arm_the_ceiling_and_the_word_simulated(cells):

@@ -17,11 +17,11 @@ from chasm.data.splits import FewShot
 from chasm.errors import ChasmError, ConfigError
 from chasm.evaluation.predictions import PredictionFile
 from chasm.evaluation.testing import predict_run
-from chasm.evaluation.transfer_cells import Cells, draw_shots
+from chasm.evaluation.transfer_cells import Cells, Shots, draw_shots
 from chasm.evaluation.transfer_tables import curve_frame
 from chasm.features.cache import CHECKS
 from chasm.pipeline_fewshot import Plan, _trained_source, few_shot_curve
-from chasm.pipeline_transfer import adapt, open_target, transfer_table
+from chasm.pipeline_transfer import adapt, epochs_of, open_target, transfer_table
 from chasm.training.recipes import Recipe
 
 SOURCE = """# A source for tests: the smallest Stage 1, for voxels.
@@ -151,18 +151,22 @@ def test_the_ridge_head_of_the_curve_is_that_of_the_adapter(drawn, args, no_repo
     assert mean.points["mse"] == pytest.approx(np.mean((file.train_mean - file.target) ** 2))
 
 
-def test_adapt_says_what_was_fitted_and_uses_as_many_steps_as_on_all_images(
-    args, no_report, capsys
-):
-    assert main(["adapt", *args, "--n", "12", "--arm", "head", "--n-boot", "0"]) == 0
+def test_adapt_says_what_was_fitted_and_takes_the_least_steps(args, no_report, capsys):
+    assert main(["adapt", *args, "--n", "12", "--arm", "head", "--steps", "3"]) == 0
     said = capsys.readouterr().out
     assert "Parameters fitted to the new subject: " in said
     run = Path(next(line for line in said.splitlines() if line.startswith("Run: ")).split()[1])
     facts = json.loads((run / "provenance.json").read_text())["trained"]
     assert 0 < facts["n_trained"] < facts["n_parameters"]
-    recipe = Recipe(["-c", str(run / "config.yaml")])
-    n_train = len(recipe.make_data().full_split.train)
-    assert facts["steps"] == -(-n_train // 16)  # one epoch of the recipe; of 12 images one batch
+    assert facts["steps"] == 3
+
+
+def test_epochs_over_few_images_are_those_of_the_recipe_or_more(args):
+    recipe = Recipe([*args, "--trainer.max_epochs", "4"])
+    shots = Shots(40, 0, np.arange(40), 33, FewShot(40))
+    assert epochs_of(recipe, shots, 80) == ["--trainer.max_epochs", "27"]  # three batches of 16
+    assert epochs_of(recipe, shots, 5) == ["--trainer.max_epochs", "4"]
+    assert epochs_of(recipe, shots._replace(few=None), 80) == []
 
 
 def test_test_responses_reach_no_solved_arm(args, folder, toy_subjects, tmp_path):

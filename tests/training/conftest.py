@@ -17,7 +17,7 @@ def joint_recipe(dataset, runs, *extra):
     """Arguments of the smallest recipe on subjects 1 and 2."""
     return [
         "-c", str(EXPERIMENTS / "smoke.yaml"), "--subjects", "[1,2]", "--trainer.max_epochs", "2",
-        "--data.parcels.size", "7",
+        "--data.parcels.size", "7", "--model.init_args.linear", "banded_ridge",
         "--data.dataset_dir", str(dataset), "--runs", str(runs), *extra,
     ]  # fmt: skip
 
@@ -51,5 +51,5 @@ def poison_test_images(folder):
 
 @pytest.fixture(scope="session")
 def joint_run(toy_subjects, tmp_path_factory):
-    """Finished run of subjects 1 and 2 together; read-only by convention."""
+    """Finished run of subjects 1 and 2 together, with closed forms; read-only by convention."""
     return fit(Recipe(joint_recipe(toy_subjects, tmp_path_factory.mktemp("joint"))))

@@ -69,9 +69,11 @@ def test_a_finished_run_is_current_and_fresh_trains_again(tiny_recipe):
     assert (run / "checkpoints" / "best.ckpt").stat().st_mtime_ns > before
 
 
-def test_a_resumed_run_equals_an_unbroken_one(tiny_recipe, tmp_path, monkeypatch):
-    unbroken = fit(Recipe([*tiny_recipe, "--trainer.max_epochs", "4"]))
-    broken_args = [*tiny_recipe, "--trainer.max_epochs", "4", "--runs", str(tmp_path / "broken")]
+@pytest.mark.parametrize("mode", ["min", "max"])  # the last epoch is the best, or the first is
+def test_a_resumed_run_equals_an_unbroken_one(tiny_recipe, tmp_path, monkeypatch, mode):
+    args = [*tiny_recipe, "--trainer.max_epochs", "4", "--selection.mode", mode]
+    unbroken = fit(Recipe(args))
+    broken_args = [*args, "--runs", str(tmp_path / "broken")]
     from chasm.training import runs
     from chasm.training.callbacks import SeededSteps
 
@@ -88,6 +90,8 @@ def test_a_resumed_run_equals_an_unbroken_one(tiny_recipe, tmp_path, monkeypatch
     assert stopped.value.exit_status == 130
     (folder,) = (tmp_path / "broken").glob("*/*/smoke-*")
     assert not is_finished(folder)
+    last = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["epoch"] == 1, "it goes on from the last whole epoch"
     resumed = fit(Recipe(broken_args))
     assert resumed == folder
     assert_same(weights(unbroken), weights(resumed))
