@@ -160,6 +160,7 @@ def _working_folder(run: Path, settings: Mapping[str, Any]) -> Path:
     """Folder that a run's relative paths are relative to: above <runs>/<dataset>/<subject>/."""
     runs = Path(str(settings.get("runs", "runs")))
     above = 2 if runs.is_absolute() else 2 + len(runs.parts)
+    above += (run.parent / "provenance.json").is_file()  # a subject's, in the run of several
     return run.parents[min(above, len(run.parents) - 1)]
 
 

@@ -7,8 +7,10 @@ import re
 import tempfile
 import warnings
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
@@ -337,11 +339,19 @@ class Recipe(LightningCLI):
 
     def resolved(self) -> str:
         """Return every setting, defaults included, as YAML that gives this recipe again."""
-        return self.parser.dump(self.config, skip_none=False, skip_link_targets=True)
+        return self._resolved
 
     def settings(self) -> dict[str, Any]:
-        """Every setting as plain types."""
-        return yaml.safe_load(self.resolved())
+        """Every setting as plain types, the caller's own copy."""
+        return deepcopy(self._settings)
+
+    @cached_property
+    def _resolved(self) -> str:
+        return self.parser.dump(self.config, skip_none=False, skip_link_targets=True)
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        return yaml.safe_load(self._resolved)
 
 
 def _under_slurm() -> bool:

@@ -28,7 +28,7 @@ from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.study import Study
 from optuna.trial import TrialState
-from optuna_integration import PyTorchLightningPruningCallback  # type: ignore[import-untyped]
+from optuna_integration import PyTorchLightningPruningCallback
 
 from chasm.errors import ChasmError, TrainingError
 from chasm.io import write_text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -210,7 +211,10 @@ class Findings:
 
     def _importance(self) -> Figure | None:
         try:
-            found = get_param_importances(self.study)
+            with warnings.catch_warnings():
+                # Optuna warns of keys that no better trial has; their share is 0.
+                warnings.simplefilter("ignore", UserWarning)
+                found = get_param_importances(self.study)
         except (ValueError, RuntimeError) as error:  # too few trials, or all of one value
             log.info("no importances: %s", " ".join(str(error).split()))
             return None

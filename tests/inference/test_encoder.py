@@ -12,6 +12,7 @@ from PIL import Image
 from chasm.data.store import SubjectStore
 from chasm.errors import ConfigError, DataError
 from chasm.inference import Encoder
+from chasm.inference.trained import _working_folder
 from chasm.training.runs import load
 
 
@@ -248,3 +249,11 @@ def test_another_backbone_than_in_training_is_refused(stage1_run, tmp_path):
     run = edited_backbone(stage1_run, tmp_path, image_size=144)
     with pytest.raises(ConfigError, match="image_size was 128 and is 144 now"):
         Encoder.from_checkpoint(run)
+
+
+def test_paths_of_a_subjects_run_inside_the_run_of_several_are_found(tmp_path):
+    of_all = tmp_path / "runs" / "toy" / "subj01+subj02" / "joint-0"
+    (of_all / "subj01").mkdir(parents=True)
+    assert _working_folder(of_all, {"runs": "runs"}) == tmp_path
+    (of_all / "provenance.json").write_text("{}")
+    assert _working_folder(of_all / "subj01", {"runs": "runs"}) == tmp_path
