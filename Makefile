@@ -115,11 +115,11 @@ ablate-retrain: $(READY) ## Models trained without one of their parts, in one ta
 calibrate: $(READY) ## How often the suites are right, on simulated brains (resumable; about 1.5 core hours)
 	$(BIN)/python -m ablations.calibrate $(if $(JOBS),--jobs $(JOBS)) $(ARGS)
 
-test: $(READY) ## The default test suite
-	$(BIN)/python -m pytest
+test: $(READY) ## The default test suite, in two processes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: $(READY) ## Also the tests marked slow
-	$(BIN)/python -m pytest -m ''
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m ''
 
 lint: $(READY) ## ruff, mypy, import directions
 	$(BIN)/ruff check .
