@@ -267,6 +267,7 @@ def study_table(costs: Costs) -> tuple[list[list[str]], list[float]]:
     rows, total = [], [0.0, 0.0, 0.0]
     sessions = sum(facts.sessions for facts in NSD_SUBJECTS.values())
     voxels = sum(facts.nsdgeneral_voxels for facts in NSD_SUBJECTS.values())
+    solved = 2 * SUBJECTS * SEEDS + sum(n for what, _, n, _ in fits() if "sweep" in what)
     rows_kept = 11  # predictions, target and repeats of a Stage-2 run
     entries: list[tuple[str, int, float, float | None, float]] = [
         ("reading every session of every subject, stores", sessions,
@@ -276,8 +277,8 @@ def study_table(costs: Costs) -> tuple[list[list[str]], list[float]]:
         ("extraction: every image once", IMAGES["all"],
          IMAGES["all"] * costs["tokens"]["seconds"] / 3600, None,
          IMAGES["all"] * costs["tokens"]["bytes"]),
-        ("closed form of both stages, every subject and seed", 2 * SUBJECTS * SEEDS,
-         2 * SUBJECTS * SEEDS * solve_hours(costs), None, 0.0),
+        ("closed form of both stages: every subject and seed, every trial of a sweep", solved,
+         solved * solve_hours(costs), None, 0.0),
     ]  # fmt: skip
     for what, model, n, images in fits():
         ms = PUBLISHED_MS.get(model, PUBLISHED_MS["Stage 2" if "Stage 2" in model else "Stage 1"])
@@ -290,7 +291,8 @@ def study_table(costs: Costs) -> tuple[list[list[str]], list[float]]:
                     4.0 * rows_kept * IMAGES["test"] * runs * voxels / SUBJECTS))  # fmt: skip
     for what, n, here, published, size in entries:
         shown = "–" if published is None else f"{published:,.0f}"
-        rows.append([what, f"{n:,}", f"{here:,.0f}" if here >= 1 else f"{here:.2f}", shown,
+        own = f"{here:,.0f}" if here >= 1 else f"{here:.2f}" if here else "not measured"
+        rows.append([what, f"{n:,}", own, shown,
                      gigabytes(size) if size else "–"])  # fmt: skip
         total = [total[0] + here, total[1] + (published or 0.0), total[2] + size]
     rows.append(["**all**", "", f"**{total[0]:,.0f}**", f"**{total[1]:,.0f}**",

@@ -221,6 +221,8 @@ def _targets(
         refuse_several(recipe, "chasm transfer-table")
         if list(sources) != [new]:
             check_subjects(recipe)
+        if recipe.settings()["data"]["few_shot"] is not None:
+            raise ConfigError("data.few_shot", "the table is of all images", "Use chasm fewshot.")
         if recipe.source is None or recipe.source.suffix not in RECIPES:
             raise ConfigError("source", "is no recipe", "The table trains one for every row.")
     prepared: dict[str, tuple[list[str], Recipe, Path]] = {}
@@ -231,11 +233,11 @@ def _targets(
         run = run_folder(source, training_data(source))
         first.setdefault(run, source)
         prepared[f"{', '.join(sources)} → {new}"] = (with_folder(own, recipe), recipe, run)
-    named = {f"source {run.parent.name}": recipe for run, recipe in first.items()}
+    named = {f"source {run.parent.name}/{run.name}": recipe for run, recipe in first.items()}
     done = fit_side_by_side(named, default_jobs() if jobs is None else jobs)
     targets = {}
     for name, (own, recipe, run) in prepared.items():
-        fitted = done[f"source {run.parent.name}"]
+        fitted = done[f"source {run.parent.name}/{run.name}"]
         if fitted.run is None:
             failed[name] = fitted.error
         elif _source_of(recipe).subjects is None:

@@ -24,9 +24,14 @@ def n_processes() -> int:
 
 
 def is_first() -> bool:
-    """Whether this is the first of the processes, also before they have found each other."""
+    """Whether this is the first of the processes that train together now, or the only one."""
+    return n_processes() == 1 or dist.get_rank() == 0
+
+
+def will_be_first() -> bool:
+    """Whether this is the first of several processes, also before they have found each other."""
     if n_processes() > 1:
-        return dist.get_rank() == 0
+        return is_first()
     return all(int(os.environ.get(name) or 0) == 0 for name in RANKS)
 
 

@@ -191,8 +191,8 @@ def few_shot(split: Split, chosen: FewShot, presented: np.ndarray | None = None)
     Raises
     ------
     ConfigError
-        If `n` is below `LEAST_SHOTS` or above the number of train images, or the share of
-        validation is not between 0 and 1.
+        If `n` is below `LEAST_SHOTS` or above the number of train images, the number of the draw
+        is negative, or the share of validation is not between 0 and 1.
     """
     available = len(split.train)
     n = available if chosen.n is None else chosen.n
@@ -202,6 +202,8 @@ def few_shot(split: Split, chosen: FewShot, presented: np.ndarray | None = None)
             f"{n} of {available} train images",
             f"Ask for {LEAST_SHOTS} to {available}",
         )
+    if chosen.draw < 0:
+        raise ConfigError("data.few_shot.draw", f"found {chosen.draw}", "Use 0 or more")
     if not 0 < chosen.validation < 1:
         raise ConfigError(
             "data.few_shot.validation", f"{chosen.validation} is no share", "Use e.g. 0.2"

@@ -16,7 +16,6 @@ from chasm.errors import ConfigError
 from chasm.losses import Stage1Loss
 from chasm.models.adapters import (
     HEAD_SPACES,
-    NOT_IN_PREDICTION,
     RidgeEncoder,
     add_lora,
     belongs,
@@ -101,10 +100,9 @@ class AdapterModule(Stage1Module):
 
     @property
     def n_trained(self) -> int:
-        """Parameters that are trained; of a ridge head, the weights that are solved."""
-        if isinstance(self.encoder, RidgeEncoder):
-            return self.encoder.head.n_weights
-        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+        """Parameters that are trained or solved, a ridge head's among them."""
+        solved = self.encoder.head.n_weights if isinstance(self.encoder, RidgeEncoder) else 0
+        return super().n_trained + solved
 
     def take_source(self, sources: Sequence[EncodingModule]) -> None:
         """Start from Stage 1 models of other subjects, of one backbone, before `build`.
@@ -148,7 +146,7 @@ class AdapterModule(Stage1Module):
             return
         self.encoder = self._factory(*shape)
         copy_backbone(encoders[0], self.encoder)
-        heads = [name for name in self.encoder.head_names if not belongs(name, self._unused)]
+        heads = [name for name in self.encoder.head_names if not belongs(name, self.unused)]
         if self.arm == "lora":
             add_lora(self.encoder, self.lora_rank, self.lora_alpha)
             for name in heads:
@@ -156,16 +154,11 @@ class AdapterModule(Stage1Module):
         elif self.arm == "head":
             freeze(self.encoder, heads)
         else:
-            parts = [name for name, _ in self.encoder.named_children() if name not in self._unused]
+            parts = [name for name, _ in self.encoder.named_children() if name not in self.unused]
             freeze(self.encoder, parts)
             self.rate_factors = {f"encoder.{name}": 1.0 for name in heads}
             self.rate_factors["encoder."] = self.backbone_rate
         self.train(self.training)
-
-    @property
-    def _unused(self) -> tuple[str, ...]:
-        """Parts of the encoder that this loss does not reach."""
-        return () if self.loss.weights["contrastive"] else (NOT_IN_PREDICTION,)
 
     def train(self, mode: bool = True) -> AdapterModule:
         """Set training mode; below trained heads, the backbone stays in eval mode."""

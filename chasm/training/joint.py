@@ -54,6 +54,12 @@ class JointModule(L.LightningModule):
             found[name] = model
         return found
 
+    @property
+    def n_trained(self) -> int:
+        """Parameters that are trained or solved, those that subjects share once."""
+        every = [p for model in self.subjects.values() for p in model.trained_parameters()]
+        return sum(parameter.numel() for parameter in {id(p): p for p in every}.values())
+
     def configure_model(self) -> None:
         """Build every subject's model from the data module, unless a checkpoint did."""
         if self._built or self._trainer is None:

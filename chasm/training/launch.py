@@ -9,18 +9,26 @@ from __future__ import annotations
 
 import logging
 
+from lightning.pytorch.utilities import rank_zero_only
+
 from chasm.errors import ConfigError
-from chasm.processes import is_first, part_ways
+from chasm.processes import part_ways, will_be_first
 from chasm.training.recipes import Recipe
 
 
 def is_main_process(recipe: Recipe) -> bool:
     """Whether this is the process that writes: the only one, or the first of several."""
-    return recipe.n_processes == 1 or is_first()
+    return recipe.n_processes == 1 or will_be_first()
 
 
 def speak_once(recipe: Recipe) -> None:
-    """Let the first of several processes say what all do; the others only warn."""
+    """Let the first of several processes say what all do; the others only warn.
+
+    A process that trains alone is the first whatever number a scheduler gave it: several of them
+    may be the tasks of one job.
+    """
+    if recipe.n_processes == 1:
+        rank_zero_only.rank = 0  # type: ignore[attr-defined]
     if not is_main_process(recipe):
         logging.getLogger("chasm").setLevel(logging.WARNING)
 

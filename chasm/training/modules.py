@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from chasm.data.batches import Batch
 from chasm.data.datamodule import DataSizes
 from chasm.losses import Stage1Loss
+from chasm.models.adapters import NOT_IN_PREDICTION, belongs
 from chasm.models.encoder import ParcelEncoder, Stage1Output
 from chasm.models.stage1 import DualStreamEncoder
 from chasm.models.tokens import TokenScaler
@@ -57,6 +58,26 @@ class Stage1Module(EncodingModule):
     def row_name(self) -> str:
         """The encoder's title."""
         return title_of(self.encoder, "stage 1")
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Parts of the encoder that the loss does not reach."""
+        return () if self.loss.weights["contrastive"] else (NOT_IN_PREDICTION,)
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Parameters that gradients change, or that a closed form solves."""
+        unused = tuple(f"encoder.{part}" for part in self.unused)
+        solved = "linear" if self.linear is not None else "-"
+        return [
+            parameter
+            for name, parameter in self.named_parameters()
+            if belongs(name, (solved,)) or (parameter.requires_grad and not belongs(name, unused))
+        ]
+
+    @property
+    def n_trained(self) -> int:
+        """Number of `trained_parameters`."""
+        return sum(parameter.numel() for parameter in self.trained_parameters())
 
     def make_network(self, sizes: DataSizes, parcellation: Parcellation) -> None:
         """Make the encoder for these sizes."""

@@ -58,6 +58,10 @@ TrainingData = NSDDataModule | SubjectsDataModule
 """What a recipe trains on."""
 
 
+class RunBusyError(ConfigError):
+    """Another process trains the same run."""
+
+
 class RunInterruptedError(TrainingError):
     """Training was stopped from outside before its end."""
 
@@ -181,7 +185,7 @@ def fit(recipe: Recipe, *, fresh: bool = False, callbacks: Sequence[L.Callback] 
         with FileLock(run / ".lock", timeout=0):
             return _fit_locked(recipe, data, run, fresh, callbacks)
     except Timeout as error:
-        raise ConfigError(
+        raise RunBusyError(
             run, "another process is training this run", "Wait for it, or change the seed."
         ) from error
 
@@ -321,7 +325,7 @@ def _trained(trainer: L.Trainer, model: L.LightningModule) -> dict[str, Any]:
         "selected_by": selected.monitor,
         "selected_score": None if score is None else float(score),
         "n_parameters": sum(p.numel() for p in model.parameters()),
-        "n_trained": getattr(model, "n_trained", requiring),
+        "n_trained": getattr(model, "n_trained", requiring),  # a Stage 2 has no such property
     }
 
 

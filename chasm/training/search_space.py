@@ -12,12 +12,8 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
-from optuna.distributions import (
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-    distribution_to_json,
-)
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import distribution_to_json as as_json
 from optuna.trial import BaseTrial
 
 from chasm.errors import ConfigError
@@ -226,7 +222,7 @@ class Sweep:
         """Everything that tells this space from another one, as plain types."""
         return {
             d.key: {
-                **json.loads(distribution_to_json(d.distribution)),
+                **json.loads(as_json(d.distribution)),
                 "when": {key: list(values) for key, values in d.when.items()},
             }
             for d in self.space
@@ -282,17 +278,22 @@ def read_sweep(path: Path) -> Sweep:
     options = _options(path, found)
     recipe = Path(os.path.normpath(path.parent / options.recipe))
     if not recipe.is_file():
-        remedy = "Name a recipe, relative to the sweep file."
-        raise ConfigError(f"{path}: recipe", f"{options.recipe!r} is not there", remedy)
-    if options.trials < 1:
-        raise ConfigError(f"{path}: trials", f"found {options.trials}", "Ask for 1 or more.")
+        what = f"{options.recipe!r} is not there"
+        raise ConfigError(f"{path}: recipe", what, "Name one relative to this file.")
+    sampler, pruner = vars(options.sampler), vars(options.pruner)
+    for part, key, least in (
+        (vars(options), "trials", 1), (sampler, "seed", 0), (sampler, "startup", 0),
+        (pruner, "startup", 0), (pruner, "warmup", 0),
+    ):  # fmt: skip
+        if part[key] < least:
+            raise ConfigError(f"{path}: {key}", f"found {part[key]}", f"Give {least} or more.")
     return Sweep(
         path=path,
         recipe=recipe,
         study=options.study or path.stem,
         trials=options.trials,
-        sampler=SamplerOptions(**vars(options.sampler)),
-        pruner=PrunerOptions(**vars(options.pruner)),
+        sampler=SamplerOptions(**sampler),
+        pruner=PrunerOptions(**pruner),
         settings=settings,
         space=_space(path, space),
     )
@@ -316,10 +317,10 @@ def _space(path: Path, found: Mapping[str, Any]) -> tuple[Dimension, ...]:
     space: dict[str, Dimension] = {}
     for key, options in found.items():
         where = f"{path}: space.{key}"
-        if not isinstance(options, dict) or options.get("type") not in KINDS:
+        if not isinstance(options, dict) or str(options.get("type")) not in KINDS:
             raise ConfigError(where, f"found {options!r}", f"Give `type`: {', '.join(KINDS)}.")
         given = dict(options)
-        kind, known = KINDS[given.pop("type")]
+        kind, known = KINDS[str(given.pop("type"))]
         when = given.pop("when", {})
         unknown = sorted(set(given) - known)
         if unknown:
@@ -335,6 +336,9 @@ def _range(where: str, kind: type, given: dict[str, Any]) -> Any:
         if not isinstance(choices, list) or not choices:
             raise ConfigError(where, f"choices: found {choices!r}", "Give a list of values.")
         # Lists and mappings are kept as the text that the command line would have.
+        for choice in choices:
+            if not isinstance(choice, (str, int, float, list, dict, type(None))):
+                raise ConfigError(where, f"choices: found {choice!r}", "Put it in quotes.")
         choices = [json.dumps(c) if isinstance(c, (list, dict)) else c for c in choices]
         if len({json.dumps(c) for c in choices}) < len(choices):
             raise ConfigError(where, f"a choice is there twice: {choices}", "Name each once.")
@@ -354,7 +358,7 @@ def _range(where: str, kind: type, given: dict[str, Any]) -> Any:
         ):
             raise ValueError("`high` is not a whole number of steps above `low`")
         return kind(**given)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(where, _line(error), "Give low and high, and step or log.") from error
 
 

@@ -150,7 +150,7 @@ def check_sources(sources: Sequence[EncodingModule], data: NSDDataModule) -> Non
             if n:
                 raise _refused(
                     f"{n} of the {part} images of its {facts['subject']} are test images here",
-                    "Train it with the same split.",
+                    "Use a split whose test images no source trains on, e.g. clean.",
                 )
 
 

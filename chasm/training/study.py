@@ -9,6 +9,7 @@ Optuna's heartbeat does the same after some minutes.
 from __future__ import annotations
 
 import logging
+import platform
 import time
 import warnings
 from collections import Counter
@@ -42,6 +43,9 @@ FORMAT = 1
 
 FACTS = "chasm"
 """Attribute of a study that holds it."""
+
+QUEUED = "queued"
+"""Attribute of a study that has all that it tries first."""
 
 RETRIES = 3
 """How often a trial is run again whose process was killed."""
@@ -135,7 +139,9 @@ class Storage:
         return FileLock(self._lock_path(study, number))
 
     def _lock_path(self, study: str, number: int | str) -> Path:
-        return self.locks / f"{study}.{number}"
+        # A file system of several machines may tell each that nobody holds another's lock.
+        where = f".{platform.node()}" if self.kind == "server" else ""
+        return self.locks / f"{study}.{number}{where}"
 
     def is_dead(self, study: str, number: int) -> bool:
         """Whether the process of a running trial is gone; False where that cannot be told.
@@ -213,8 +219,8 @@ class Storage:
         return " ".join(text.replace(self.place, self.name).split())
 
 
-def _again() -> RetryHeartbeatStaleTrialCallback:
-    return RetryHeartbeatStaleTrialCallback(RETRIES, inherit_intermediate_values=True)
+def _again(most: int | None = RETRIES) -> RetryHeartbeatStaleTrialCallback:
+    return RetryHeartbeatStaleTrialCallback(most, inherit_intermediate_values=True)
 
 
 def open_study(
@@ -253,10 +259,14 @@ def open_study(
         except DuplicatedStudyError:
             study = optuna.load_study(storage=opened, study_name=name)
             _check_facts(storage, study, facts)
-            return study
-        for values in queue:
-            study.enqueue_trial(dict(values))
-        study.set_user_attr(FACTS, {"format": FORMAT, **facts})
+        else:
+            study.set_user_attr(FACTS, {"format": FORMAT, **facts})
+        if not study.user_attrs.get(QUEUED):  # new, or stopped while it was made
+            there = [trial.system_attrs.get("fixed_params") for trial in study.get_trials()]
+            for values in queue:
+                if dict(values) not in there:
+                    study.enqueue_trial(dict(values))
+            study.set_user_attr(QUEUED, True)
         return study
 
 
@@ -309,9 +319,16 @@ def _running(study: Study) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
 
-def queue_again(study: Study, number: int) -> None:
-    """Queue a stopped trial again, to go on from its last whole epoch, unless too often."""
+def queue_again(study: Study, number: int, *, asked: bool = False) -> None:
+    """Queue a stopped trial again, to go on from its last whole epoch.
+
+    One whose process was killed too often is left; one that was asked to stop never is.
+    """
     (trial,) = (t for t in study.get_trials(deepcopy=True) if t.number == number)
+    if asked:
+        log.info("trial %d was stopped; it is queued again", number)
+        _again(None)(study, trial)
+        return
     if len(RetryHeartbeatStaleTrialCallback.retry_history(trial)) < RETRIES:
         log.warning("trial %d was stopped before its end; it is queued again", number)
     else:

@@ -24,6 +24,7 @@ import optuna
 import pandas as pd
 import yaml
 from filelock import FileLock
+from lightning.pytorch.callbacks import Callback
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.study import Study
@@ -34,7 +35,7 @@ from chasm.errors import ChasmError, TrainingError
 from chasm.io import write_text
 from chasm.training.recipes import Recipe
 from chasm.training.run_files import read_provenance
-from chasm.training.runs import RunInterruptedError, fit, run_folder, training_data
+from chasm.training.runs import RunBusyError, RunInterruptedError, fit, run_folder, training_data
 from chasm.training.search_space import Sweep, Value, as_arguments
 from chasm.training.side_by_side import Named, begin
 from chasm.training.study import (
@@ -175,7 +176,7 @@ class Objective:
                 return _like(trial, twin)
             monitor = recipe.selection.monitor
             try:
-                fit(recipe, callbacks=[PyTorchLightningPruningCallback(trial, monitor)])
+                _fit_in_turn(recipe, PyTorchLightningPruningCallback(trial, monitor))
             except optuna.TrialPruned:
                 for checkpoint in run.glob("checkpoints/*.ckpt"):  # nothing goes on from them
                     checkpoint.unlink()
@@ -185,6 +186,17 @@ class Objective:
             for epoch, value in zip(curve["epoch"], curve[monitor], strict=True):
                 trial.report(float(value), int(epoch))
         return float(read_provenance(run)["trained"]["selected_score"])
+
+
+def _fit_in_turn(recipe: Recipe, callback: Callback) -> None:
+    """Train; where another study or command trains this very run, wait for it."""
+    while True:
+        try:
+            fit(recipe, callbacks=[callback])
+            return
+        except RunBusyError:
+            log.info("waiting for the process that trains the same run")
+            time.sleep(30 * POLL)
 
 
 def _like(trial: optuna.Trial, twin: optuna.trial.FrozenTrial) -> float:
@@ -254,7 +266,7 @@ def _one_trial(plan: Plan, study: Study, objective: Objective) -> None:
             plan.storage.forget(plan.study, objective.number)
         if objective.stopped:
             with objective.turn:
-                queue_again(study, objective.number)
+                queue_again(study, objective.number, asked=True)
     if objective.stopped:
         raise KeyboardInterrupt
     _say_end(study, objective.number)

@@ -106,7 +106,7 @@ def tune(
     for option, value in (("--trials", trials), ("--workers", workers), ("--timeout", timeout)):
         if value is not None and value <= 0:
             raise ConfigError(option, f"found {value}", "Give a number above 0.")
-    if Path(name).name != name:
+    if Path(name).name != name or name.startswith("."):
         raise ConfigError("--study", f"{name!r} is no name", "Use letters, digits and dashes.")
     data = training_data(recipe)
     run = run_folder(recipe, data)  # trains the Stage 1, if there is one

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 
 from chasm.data.store import SubjectStore
 from chasm.errors import ChasmError, ConfigError, DataError, TrainingError
@@ -292,3 +293,15 @@ def test_merged_metrics_prefer_the_later_attempt(tmp_path):
     merged = pd.read_csv(tmp_path / "metrics.csv")
     assert list(merged["epoch"]) == [0, 1, 2, 3]
     assert list(merged["val/mse"]) == [0, 0, 1, 1]
+
+
+def test_the_number_that_a_scheduler_gave_does_not_matter_to_a_process_alone(
+    tiny_recipe, monkeypatch
+):
+    for name in ("LOCAL_RANK", "SLURM_PROCID"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    args = [*tiny_recipe, "--model.init_args.linear", "banded_ridge", "--trainer.max_epochs", "1"]
+    run = fit(Recipe(args))
+    assert (run / "metrics.csv").is_file()
+    assert weights(run, "best")["linear.fitted"]

@@ -166,7 +166,7 @@ def test_a_range_that_is_none_is_named_with_file_and_key(changed, named, write):
 @pytest.mark.parametrize(("others", "named"), [
     ({"trails": 3}, "'trails' is not accepted"),
     ({"trials": "many"}, "trials.*many"),
-    ({"trials": 0}, "Ask for 1 or more"),
+    ({"trials": 0}, "Give 1 or more"),
     ({"sampler": {"kind": "guess"}}, "sampler.kind"),
     ({"pruner": {"kid": "none"}}, "'kid'"),
     ({"recipe": "no.yaml"}, "recipe: 'no.yaml' is not there"),
