@@ -26,7 +26,6 @@ from chasm.pipeline_transfer import (
     LEAST_STEPS,
     Target,
     TrainedArm,
-    check_subjects,
     folder_of,
     open_target,
     train_arms,
@@ -34,7 +33,7 @@ from chasm.pipeline_transfer import (
 )
 from chasm.training.launch import refuse_several
 from chasm.training.recipes import Recipe
-from chasm.training.runs import RECIPES, fit
+from chasm.training.runs import RECIPES, check_subjects, fit
 
 log = logging.getLogger(__name__)
 

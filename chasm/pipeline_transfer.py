@@ -32,6 +32,7 @@ from chasm.training.launch import leave_to_first, refuse_several
 from chasm.training.recipes import Recipe
 from chasm.training.runs import (
     RECIPES,
+    check_subjects,
     fit,
     run_folder,
     source_checkpoints,
@@ -361,15 +362,6 @@ def arm_args(arm: str | None) -> list[str]:
     if arm not in adapters:
         raise ConfigError("--arm", f"there is no {arm!r}", f"Use one of {', '.join(adapters)}.")
     return ["--model.init_args.arm", arm]
-
-
-def check_subjects(recipe: Recipe) -> None:
-    """Refuse a new subject that is among the source's, before anything is made."""
-    own = subject_name(recipe.make_data().subject)
-    if own in (recipe.subjects or []):
-        raise ConfigError(
-            "subjects", f"the new subject, {own}, is one of the source's", "Leave it out of them."
-        )
 
 
 def with_folder(args: Sequence[str], recipe: Recipe) -> list[str]:

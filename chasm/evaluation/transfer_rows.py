@@ -19,7 +19,7 @@ from chasm.evaluation.prediction_parts import RunInfo
 from chasm.evaluation.published import PUBLISHED_TRANSFER, TRANSFER_NOTE
 from chasm.evaluation.transfer import Cell
 from chasm.evaluation.transfer_arms import ARMS, REFERENCE
-from chasm.evaluation.transfer_tables import headline
+from chasm.evaluation.transfer_tables import headline, told_apart
 
 WITHIN = "within"
 """Arm of a model that is trained on the subject itself, by the source's recipe."""
@@ -161,20 +161,15 @@ def _line(at: pd.DataFrame) -> Line:
 def findings(table: TransferTable) -> list[str]:
     """Say which rows lie above, below or beside ridge from scratch on their subject."""
     frame = transfer_frame(table)
-    frame = frame[(frame["metric"] == "noise_normalised_r2") & frame["difference_low"].notna()]
+    if "difference_low" not in frame:
+        return ["No row is compared with ridge from scratch."]
+    frame = frame[frame["metric"] == "noise_normalised_r2"]
     frame = frame[~frame["arm"].isin(["mean_pattern", "banded_ridge"])]
-    groups = {
-        "Above ridge from scratch": frame["difference_low"] > 0,
-        "Below ridge from scratch": frame["difference_high"] < 0,
-        "Not told apart from ridge from scratch": (frame["difference_low"] <= 0)
-        & (frame["difference_high"] >= 0),
-    }
     sentences = []
-    for what, chosen in groups.items():
-        lines = [line for _, line in frame[chosen].iterrows()]
-        texts = [f"{line['label']} ({line['difference']:+.3f})" for line in lines]
-        if texts:
-            sentences.append(f"{what} in noise-normalised R²: {'; '.join(texts)}.")
+    for what, lines in told_apart(frame, "ridge from scratch").items():
+        texts = [f"{line['label']} ({line['difference']:+.3f})" for _, line in lines.iterrows()]
+        start = what[:1].upper() + what[1:]
+        sentences.append(f"{start} in noise-normalised R²: {'; '.join(texts)}.")
     return sentences or ["No row is compared with ridge from scratch."]
 
 

@@ -267,20 +267,36 @@ def findings(curve: Curve) -> list[str]:
     return sentences
 
 
-def _finding(label: str, reference: str, own: pd.DataFrame) -> str:
-    known = own[own["difference_low"].notna()]
-    groups = {
-        f"above {reference} at": known["difference_low"] > 0,
-        f"below {reference} at": known["difference_high"] < 0,
-        f"not told apart from {reference} at": (known["difference_low"] <= 0)
-        & (known["difference_high"] >= 0),
+def told_apart(frame: pd.DataFrame, reference: str) -> dict[str, pd.DataFrame]:
+    """Sort the lines of a frame by whether the interval of their difference excludes 0.
+
+    Parameters
+    ----------
+    frame
+        With ``difference_low`` and ``difference_high``; lines without an interval are left out.
+    reference
+        What the differences are to, for the wording.
+
+    Returns
+    -------
+    dict
+        Lines under ``above <reference>``, ``below ...``, ``not told apart from ...``, in this
+        order; only those that there are.
+    """
+    low, high = (frame[f"difference_{end}"] for end in ("low", "high"))
+    chosen = {
+        f"above {reference}": low > 0,
+        f"below {reference}": high < 0,
+        f"not told apart from {reference}": (low <= 0) & (high >= 0),
     }
+    return {what: frame[lines] for what, lines in chosen.items() if lines.any()}
+
+
+def _finding(label: str, reference: str, own: pd.DataFrame) -> str:
     texts = []
-    for what, chosen in groups.items():
-        lines = [line for _, line in known[chosen].iterrows()]
-        places = [f"{line['n']} ({line['difference']:+.3f})" for line in lines]
-        if places:
-            texts.append(f"{what} N = {', '.join(places)}")
+    for what, lines in told_apart(own, reference).items():
+        places = [f"{line['n']} ({line['difference']:+.3f})" for _, line in lines.iterrows()]
+        texts.append(f"{what} at N = {', '.join(places)}")
     start = f"{label[:1].upper()}{label[1:]} is "
     return start + ("; ".join(texts) if texts else f"not compared with {reference}") + "."
 

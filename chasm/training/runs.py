@@ -305,13 +305,19 @@ def _check_source(recipe: Recipe, model: EncodingModule) -> None:
         raise ConfigError("source", problem, "Name its recipe, run or checkpoint.")
     if source is not None and not model.needs_source:
         raise ConfigError("source", f"{model.row_name} starts from nothing", "Leave the key out.")
-    if source is not None and source.suffix in RECIPES:
-        subjects = recipe.subjects or []
-        if subject_name(recipe.make_data().subject) in subjects:
-            raise ConfigError(
-                "subjects", f"the new subject is one of the source's, {', '.join(subjects)}",
-                "Leave it out of the source.",
-            )  # fmt: skip
+    check_subjects(recipe)
+
+
+def check_subjects(recipe: Recipe) -> None:
+    """Refuse a new subject that is among those that its source is to be trained on.
+
+    A source that is trained already says itself what it was trained on.
+    """
+    own, source = subject_name(recipe.make_data().subject), recipe.source
+    if source is not None and source.suffix in RECIPES and own in (recipe.subjects or []):
+        raise ConfigError(
+            "subjects", f"the new subject, {own}, is one of the source's", "Leave it out of them."
+        )
 
 
 def _trained(trainer: L.Trainer, model: L.LightningModule) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import torch
 from optuna.study import Study
 from optuna.trial import TrialState
 
+from chasm.data.datamodule import NSDDataModule
 from chasm.data.subjects import SubjectsDataModule
 from chasm.errors import ConfigError, TrainingError
 from chasm.io import digest
@@ -137,18 +138,21 @@ def tune(
 
 
 def _facts(data: TrainingData) -> dict[str, Any]:
-    parts = data.parts.values() if isinstance(data, SubjectsDataModule) else [data]
+    parts = _parts(data)
     return {
         "simulated": any(part.store.simulated for part in parts),
         "subject": ", ".join(part.store.subject for part in parts),
         "dataset": ", ".join(dict.fromkeys(part.store.dataset for part in parts)),
-        "weights_label": next(iter(parts)).tokens.weights_label,
+        "weights_label": parts[0].tokens.weights_label,
     }
 
 
+def _parts(data: TrainingData) -> list[NSDDataModule]:
+    return list(data.parts.values()) if isinstance(data, SubjectsDataModule) else [data]
+
+
 def _fingerprints(data: TrainingData) -> list[list[str]]:
-    parts = data.parts.values() if isinstance(data, SubjectsDataModule) else [data]
-    return [[part.store.fingerprint, part.tokens.fingerprint] for part in parts]
+    return [[part.store.fingerprint, part.tokens.fingerprint] for part in _parts(data)]
 
 
 def _queue(sweep: Sweep, recipe: Recipe) -> list[dict[str, Value]]:

@@ -23,6 +23,7 @@ from chasm.features.cache import CHECKS
 from chasm.pipeline_fewshot import Plan, _trained_source, few_shot_curve
 from chasm.pipeline_transfer import adapt, epochs_of, open_target, transfer_table
 from chasm.training.recipes import Recipe
+from chasm.training.runs import check_subjects
 
 SOURCE = """# A source for tests: the smallest Stage 1, for voxels.
 name: source
@@ -301,3 +302,10 @@ def test_images_of_the_first_session_come_in_their_order(args):
     again = Recipe([*args, *shots.args]).make_data()
     np.testing.assert_array_equal(again.dataset("given").image_ids, shots.image_ids)
     assert draw_shots(data, None).args == []
+
+
+def test_subjects_of_a_recipe_say_nothing_of_a_source_that_is_trained(args, tmp_path):
+    named = [*args, "--data.subject", "1"]
+    with pytest.raises(ConfigError, match="is one of the source's"):
+        check_subjects(Recipe(named))
+    check_subjects(Recipe([*named, "--source", str(tmp_path)]))
