@@ -64,7 +64,7 @@ def set_up_logging() -> None:
 
     from rich.logging import RichHandler
 
-    from chasm.progress import console
+    from chasm.progress import console, quiet_lightning
 
     handler = RichHandler(
         console=console, show_path=False, show_level=False, log_time_format="%H:%M:%S"
@@ -74,11 +74,7 @@ def set_up_logging() -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    # Set on the modules that speak: importing lightning resets the level of its root loggers.
-    for package in ("pytorch", "fabric"):
-        for module in ("rank_zero", "seed", "distributed"):
-            name = f"lightning.{package}.utilities.{module}"
-            logging.getLogger(name).setLevel(logging.WARNING)
+    quiet_lightning()
     # Lightning's advice on worker counts and logging intervals does not fit memory maps.
     warnings.filterwarnings("ignore", module=r"lightning\..*")
 

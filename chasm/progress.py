@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -19,6 +20,17 @@ T = TypeVar("T")
 
 console = Console(stderr=True)
 """Where progress and log lines go; tables for the user go to standard output."""
+
+
+def quiet_lightning() -> None:
+    """Let Lightning warn, and give no advice.
+
+    Set on the modules that speak: importing lightning resets the level of its root loggers.
+    """
+    for package in ("pytorch", "fabric"):
+        for module in ("rank_zero", "seed", "distributed"):
+            name = f"lightning.{package}.utilities.{module}"
+            logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def bar() -> Progress:

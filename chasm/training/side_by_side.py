@@ -28,6 +28,7 @@ import torch
 
 from chasm.errors import ChasmError
 from chasm.io import write_text
+from chasm.progress import quiet_lightning
 from chasm.training.launch import refuse_several
 from chasm.training.recipes import Recipe
 from chasm.training.runs import RunInterruptedError, fit
@@ -38,13 +39,6 @@ MAX_JOBS = 4
 """Processes that are started unless more are asked for."""
 
 _PACKAGE = "chasm"
-
-_ADVISERS = tuple(
-    f"lightning.{package}.utilities.{module}"
-    for package in ("pytorch", "fabric")
-    for module in ("rank_zero", "seed")
-)
-"""Loggers of Lightning that advise."""
 
 
 class Fitted(NamedTuple):
@@ -156,8 +150,7 @@ def begin(queue: Any, threads: int, parent: int) -> None:
     logger.handlers[:] = [logging.handlers.QueueHandler(queue)]
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    for module in _ADVISERS:
-        logging.getLogger(module).setLevel(logging.WARNING)
+    quiet_lightning()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
