@@ -1,78 +1,32 @@
 """The selective scan in plain PyTorch with little memory.
 
-A custom autograd function keeps the state only every C steps (C close to the square root of the
-number of steps) and recomputes the states in between when gradients are asked for. Work goes
-chunk by chunk of time through a few buffers that are reused, with the channels as the innermost
-axis, where every operation is contiguous.
+The state is kept only every C steps (C close to the square root of the number of steps); those in
+between are recomputed when gradients are asked for. Work goes chunk by chunk of time through a few
+buffers that are reused, with the channels as the innermost axis, where every operation is
+contiguous.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from chasm.models.scan_arguments import (
+    ScanArguments,
+    ScanGradients,
+    accumulation_dtype,
+    empty_sequence,
+    n_parts,
+    part_length,
+)
 
 _BLOCK = 2**17
 """Numbers in the state of a block of rows: half a megabyte of float32, which fits a CPU's cache."""
-
-
-def checkpointed_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-) -> Tensor:
-    """Scan with states recomputed in the backward pass; shapes as in `selective_scan`.
-
-    Fastest when `u`, `delta` and `z` are transposed views of (batch, time, channels) tensors, as
-    a linear layer gives them. A sequence of one step is not scanned at all.
-    """
-    if u.shape[2] == 1:
-        return _single_step(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    result: Tensor = _CheckpointedScan.apply(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    return result
-
-
-def _single_step(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> Tensor:
-    """Scan one step from the zero state: y = delta * u * <B, C>."""
-    dtype = _accumulation_dtype(u)
-    with torch.autocast(u.device.type, enabled=False):
-        x, step = u.to(dtype), delta.to(dtype)
-        if delta_bias is not None:
-            step = step + delta_bias.to(dtype)[:, None]
-        if delta_softplus:
-            step = F.softplus(step)
-        y = step * x * (B.to(dtype) * C.to(dtype)).sum(1, keepdim=True)
-        y = y + 0 * A.to(dtype).sum()  # A acts from the second step; its gradient is 0, not None
-        if D is not None:
-            y = y + D.to(dtype)[:, None] * x
-        if z is not None:
-            y = y * F.silu(z.to(dtype))
-    return y.to(u.dtype)
-
-
-def _accumulation_dtype(u: Tensor) -> torch.dtype:
-    return torch.float64 if u.dtype == torch.float64 else torch.float32
 
 
 class _Sequence(NamedTuple):
@@ -150,62 +104,61 @@ def _time_last(values: Tensor) -> Tensor:
 
 def _parts(n_steps: int) -> list[slice]:
     """Cut time where states are kept."""
-    length = max(1, math.isqrt(n_steps))
+    length = part_length(n_steps)
     return [slice(t, min(t + length, n_steps)) for t in range(0, n_steps, length)]
 
 
-class _CheckpointedScan(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        bias: Tensor | None,
-        softplus: bool,
-    ) -> Tensor:
-        At = A.to(_accumulation_dtype(u)).T.contiguous()
-        x = _Sequence(u, delta, At, B, C, D, z, bias, softplus)
-        out = torch.empty_like(u)
-        n_kept = len(_parts(u.shape[2])) if any(ctx.needs_input_grad) else 0
-        kept = At.new_empty(len(u), n_kept, *At.shape)
-        _over_rows(lambda rows: _scan(x.rows(rows), out[rows], kept[rows]), At, len(u))
-        if n_kept:
-            ctx.softplus = softplus
-            ctx.save_for_backward(u, delta, A, B, C, D, z, bias, kept)
-        return out
+class CheckpointedScan:
+    """The scan in plain PyTorch as a `ScanKernel`, on any device.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        u, delta, A, B, C, D, z, bias, kept = ctx.saved_tensors
-        At = A.to(kept.dtype).T.contiguous()
-        x = _Sequence(u, delta, At, B, C, D, z, bias, ctx.softplus)
-        empty = torch.empty_like
-        by_channel = At.new_zeros(2, len(u), len(A))
+    Fastest when `u`, `delta` and `z` are transposed views of (batch, time, channels) tensors, as
+    a linear layer gives them.
+    """
+
+    def forward(self, x: ScanArguments, keep: bool) -> tuple[Tensor, Tensor]:
+        """Scan; see `ScanKernel.forward`."""
+        sequence = _sequence(x)
+        At, batch = sequence.At, len(x.u)
+        out = empty_sequence(x.u)
+        kept = At.new_empty(batch, n_parts(x.u.shape[2]) if keep else 0, *At.shape)
+        _over_rows(lambda rows: _scan(sequence.rows(rows), out[rows], kept[rows]), At, batch)
+        return out, kept
+
+    def backward(self, x: ScanArguments, kept: Tensor, grad: Tensor) -> ScanGradients:
+        """Give the gradients; see `ScanKernel.backward`."""
+        sequence = _sequence(x)
+        At, batch = sequence.At, len(x.u)
+        of_D, of_bias = At.new_zeros(2, batch, len(x.A))
         g = _Gradients(
-            u=empty(u),
-            delta=empty(delta),
-            At=At.new_zeros(len(u), *At.shape),
-            B=empty(B),
-            C=empty(C),
-            D=by_channel[0],
-            z=None if z is None else empty(z),
-            bias=by_channel[1],
+            u=empty_sequence(x.u),
+            delta=empty_sequence(x.delta),
+            At=At.new_zeros(batch, *At.shape),
+            B=empty_sequence(x.B),
+            C=empty_sequence(x.C),
+            D=of_D,
+            z=None if x.z is None else empty_sequence(x.z),
+            bias=of_bias,
         )
         _over_rows(
-            lambda rows: _scan_back(x.rows(rows), kept[rows], grad[rows], g.rows(rows)),
+            lambda rows: _scan_back(sequence.rows(rows), kept[rows], grad[rows], g.rows(rows)),
             At,
-            len(u),
+            batch,
         )
-        grad_A = g.At.sum(0).T.to(A.dtype)
-        grad_D = None if D is None else g.D.sum(0).to(D.dtype)
-        grad_bias = None if bias is None else g.bias.sum(0).to(bias.dtype)
-        return g.u, g.delta, grad_A, g.B, g.C, grad_D, g.z, grad_bias, None
+        return ScanGradients(
+            g.u,
+            g.delta,
+            g.At.sum(0).T.to(x.A.dtype),
+            g.B,
+            g.C,
+            None if x.D is None else g.D.sum(0).to(x.D.dtype),
+            g.z,
+            None if x.delta_bias is None else g.bias.sum(0).to(x.delta_bias.dtype),
+        )
+
+
+def _sequence(x: ScanArguments) -> _Sequence:
+    At = x.A.to(accumulation_dtype(x.u)).T.contiguous()
+    return _Sequence(x.u, x.delta, At, x.B, x.C, x.D, x.z, x.delta_bias, x.delta_softplus)
 
 
 def _over_rows(work: Callable[[slice], None], At: Tensor, batch: int) -> None:

@@ -10,46 +10,33 @@ numbers; they differ in speed and memory.
 
 from __future__ import annotations
 
-import importlib
+import logging
 import os
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from chasm.errors import ConfigError
-from chasm.models.checkpointed_scan import checkpointed_scan
+from chasm.models.cuda_packages import explain, mamba1_kernel, optional_module
+from chasm.models.scan_arguments import ScanArguments, accumulation_dtype
+from chasm.models.scan_ops import differentiable_scan
+
+log = logging.getLogger(__name__)
 
 ENVIRONMENT = "CHASM_SCAN"
 """Environment variable that replaces the back end "auto"."""
 
 
-class ScanFunction(Protocol):
-    """A back end: the arguments of `selective_scan`, without the choice of the back end."""
-
-    def __call__(
-        self,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        delta_bias: Tensor | None,
-        delta_softplus: bool,
-    ) -> Tensor:
-        """Scan; shapes as in `selective_scan`."""
-
-
 class Backend(NamedTuple):
-    """A scan and where it can run."""
+    """A scan, where it can run and what it needs for that."""
 
-    scan: ScanFunction
+    scan: Callable[[ScanArguments], Tensor]
     available: Callable[[torch.device], bool]
+    needs: str
 
 
 def selective_scan(
@@ -87,8 +74,8 @@ def selective_scan(
     delta_softplus
         Whether softplus is applied to the step sizes, after the bias.
     backend
-        "auto", "reference", "torch" or "mamba_ssm". "auto" is the environment variable
-        CHASM_SCAN when set, else mamba_ssm's kernel where it can run, else "torch".
+        "mamba_ssm" (CUDA), "numba" (CPU), "torch" (any device), "reference" (any device, slow) or
+        "auto": the environment variable CHASM_SCAN when set, else the first of these that can run.
 
     Returns
     -------
@@ -103,10 +90,14 @@ def selective_scan(
         If shapes do not agree.
     """
     _check_shapes(u, delta, A, B, C, D, z, delta_bias)
-    scan = BACKENDS[resolve_backend(u.device, backend)].scan
-    return scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    name = resolve_backend(u.device, backend)
+    x = ScanArguments(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    if u.shape[2] == 1 and name != "reference":
+        return single_step(x)
+    return BACKENDS[name].scan(x)
 
 
+@torch.compiler.assume_constant_result
 def resolve_backend(device: torch.device, backend: str = "auto") -> str:
     """Name the back end that will run on `device`.
 
@@ -119,16 +110,14 @@ def resolve_backend(device: torch.device, backend: str = "auto") -> str:
     if backend == "auto" and os.environ.get(ENVIRONMENT):
         where, backend = ENVIRONMENT, os.environ[ENVIRONMENT]
     if backend == "auto":
-        return "mamba_ssm" if BACKENDS["mamba_ssm"].available(device) else "torch"
+        backend = next(name for name, found in BACKENDS.items() if found.available(device))
     if backend not in BACKENDS:
         names = ", ".join(["auto", *BACKENDS])
         raise ConfigError(where, f"found {backend!r}, expected one of {names}", "Choose one.")
     if not BACKENDS[backend].available(device):
-        raise ConfigError(
-            where,
-            f"{backend!r} cannot run on {device}: it needs CUDA and the installed package",
-            'Use "auto", or install the extra: pip install "chasm-fmri[cuda]".',
-        )
+        needs = f"{backend!r} cannot run on {device}: it needs {BACKENDS[backend].needs}"
+        raise ConfigError(where, needs, f'Use "auto": {explain_backend(device, "torch")}.')
+    _say_once(device.type, backend)
     return backend
 
 
@@ -148,7 +137,7 @@ def reference_scan(
     Slow and large (batch * channels * time * states numbers several times over); the others are
     checked against it. Shapes as in `selective_scan`.
     """
-    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(u)
     with torch.autocast(u.device.type, enabled=False):
         x, step = u.to(dtype), delta.to(dtype)
         if delta_bias is not None:
@@ -172,34 +161,36 @@ def reference_scan(
     return y.to(u.dtype)
 
 
-@cache
-def optional_module(name: str) -> Any | None:
-    """Import a module of an optional package once; None if it is not installed or not built."""
-    try:
-        return importlib.import_module(name)
-    except (ImportError, OSError):
-        return None
+def single_step(x: ScanArguments) -> Tensor:
+    """Scan one step from the zero state, in closed form: y = delta * u * <B, C>."""
+    dtype = accumulation_dtype(x.u)
+    with torch.autocast(x.u.device.type, enabled=False):
+        u, step = x.u.to(dtype), x.delta.to(dtype)
+        if x.delta_bias is not None:
+            step = step + x.delta_bias.to(dtype)[:, None]
+        if x.delta_softplus:
+            step = F.softplus(step)
+        y = step * u * (x.B.to(dtype) * x.C.to(dtype)).sum(1, keepdim=True)
+        y = y + 0 * x.A.to(dtype).sum()  # A acts from the second step; its gradient is 0, not None
+        if x.D is not None:
+            y = y + x.D.to(dtype)[:, None] * u
+        if x.z is not None:
+            y = y * F.silu(x.z.to(dtype))
+    return y.to(x.u.dtype)
 
 
-def _kernel_available(device: torch.device) -> bool:
-    interface = "mamba_ssm.ops.selective_scan_interface"
-    return device.type == "cuda" and optional_module(interface) is not None
-
-
-def _kernel_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> Tensor:
-    interface = optional_module("mamba_ssm.ops.selective_scan_interface")
+def _mamba_ssm_scan(x: ScanArguments) -> Tensor:
+    interface = mamba1_kernel()
     assert interface is not None, "resolve_backend checks this"
-    return interface.selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    return interface.selective_scan_fn(*x)
+
+
+def _has_mamba_ssm(device: torch.device) -> bool:
+    return device.type == "cuda" and mamba1_kernel() is not None
+
+
+def _has_numba(device: torch.device) -> bool:
+    return device.type == "cpu" and optional_module("numba") is not None
 
 
 def _anywhere(_: torch.device) -> bool:
@@ -207,11 +198,27 @@ def _anywhere(_: torch.device) -> bool:
 
 
 BACKENDS: dict[str, Backend] = {
-    "reference": Backend(reference_scan, _anywhere),
-    "torch": Backend(checkpointed_scan, _anywhere),
-    "mamba_ssm": Backend(_kernel_scan, _kernel_available),
+    "mamba_ssm": Backend(_mamba_ssm_scan, _has_mamba_ssm, "CUDA and mamba_ssm's Mamba-1 kernel"),
+    "numba": Backend(
+        lambda x: differentiable_scan(x, "numba"), _has_numba, "a CPU and the package numba"
+    ),
+    "torch": Backend(lambda x: differentiable_scan(x, "torch"), _anywhere, "nothing"),
+    "reference": Backend(lambda x: reference_scan(*x), _anywhere, "nothing"),
 }
-"""Back ends by name."""
+"""Back ends by name; "auto" is the first that is available."""
+
+
+@cache
+def _say_once(device: str, backend: str) -> None:
+    log.info("selective scan: %s", explain_backend(torch.device(device), backend))
+
+
+def explain_backend(device: torch.device, backend: str) -> str:
+    """Say in one line which back end runs on a device, and why."""
+    if device.type == "cpu" and backend == "torch":
+        why = "was chosen" if _has_numba(device) else "runs: numba is not installed"
+        return f"the torch scan {why}"
+    return explain(device, backend)
 
 
 def _check_shapes(

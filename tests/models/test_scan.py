@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from chasm.errors import ConfigError
-from chasm.models import scan
+from chasm.models import cuda_packages, scan
 from chasm.models.scan import BACKENDS, resolve_backend, selective_scan
+from chasm.models.scan_arguments import ScanArguments
 
-OWN_BACKENDS = ["reference", "torch"]
+OWN_BACKENDS = ["reference", "torch", "numba"]
+KERNELS = ["torch", "numba"]
 
 
 def scalar_loop(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False):
@@ -93,7 +95,8 @@ def test_float32_gradients_are_within_1e_5_of_float64(backend, time_last):
         assert relative_error(found[name], value) < 1e-5, name
 
 
-def test_long_scan_float32_gradients():
+@pytest.mark.parametrize("backend", KERNELS)
+def test_long_scan_float32_gradients(backend):
     """Paper length: 256 steps with the steps and decays of a freshly made Mamba layer."""
     inputs = make_inputs(256, channels=24, states=16)
     inputs["A"] = -torch.arange(1.0, 17.0, dtype=torch.float64).repeat(24, 1)
@@ -102,7 +105,7 @@ def test_long_scan_float32_gradients():
         selective_scan, inputs, delta_softplus=True, backend="reference"
     )
     narrow = {name: value.float() for name, value in inputs.items()}
-    found = outputs_and_gradients(selective_scan, narrow, delta_softplus=True, backend="torch")
+    found = outputs_and_gradients(selective_scan, narrow, delta_softplus=True, backend=backend)
     for name, value in expected.items():
         assert relative_error(found[name], value) < 1e-5, name
 
@@ -120,24 +123,27 @@ def test_narrow_inputs_accumulate_in_float32(backend, time):
         assert relative_error(found[name], value) < 4e-3, name  # one rounding to 8 bits
 
 
-def test_only_what_needs_gradients_gets_them():
+@pytest.mark.parametrize("backend", KERNELS)
+def test_only_what_needs_gradients_gets_them(backend):
     inputs = make_inputs(6)
     inputs["A"].requires_grad_()
-    selective_scan(**inputs, backend="torch").sum().backward()
+    selective_scan(**inputs, backend=backend).sum().backward()
     assert inputs["A"].grad is not None
     assert inputs["u"].grad is None
 
 
-def test_inference_keeps_no_states():
+@pytest.mark.parametrize("backend", KERNELS)
+def test_inference_keeps_no_states(backend):
     inputs = make_inputs(6)
     expected = scalar_loop(**inputs)
     with torch.no_grad():
-        y = selective_scan(**inputs, backend="torch")
+        y = selective_scan(**inputs, backend=backend)
     assert y.grad_fn is None
     assert relative_error(y, expected) < 1e-12
 
 
-def test_saved_states_grow_with_the_root_of_time():
+@pytest.mark.parametrize("backend", KERNELS)
+def test_saved_states_grow_with_the_root_of_time(backend):
     saved = {}
     for time in (64, 256):
         sizes = []
@@ -150,32 +156,53 @@ def test_saved_states_grow_with_the_root_of_time():
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            selective_scan(**inputs, delta_softplus=True, backend="torch")
+            selective_scan(**inputs, delta_softplus=True, backend=backend)
         saved[time] = max(sizes)
     state = 2 * 5 * 3
     assert saved[64] <= 2 * 8 * state
     assert saved[256] <= 2 * 16 * state
 
 
-def test_expanded_inputs():
+@pytest.mark.parametrize("backend", KERNELS)
+def test_expanded_inputs(backend):
     inputs = make_inputs(7)
     inputs["B"] = inputs["B"][:1].expand(2, -1, -1)
     expected = scalar_loop(**inputs)
-    assert relative_error(selective_scan(**inputs, backend="torch"), expected) < 1e-12
+    assert relative_error(selective_scan(**inputs, backend=backend), expected) < 1e-12
 
 
 def test_environment_chooses_the_back_end(monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.delenv("CHASM_SCAN", raising=False)
-    assert resolve_backend(cpu) == "torch"
+    assert resolve_backend(cpu) == "numba"
+    assert resolve_backend(torch.device("mps")) == "torch"
     monkeypatch.setenv("CHASM_SCAN", "reference")
     assert resolve_backend(cpu) == "reference"
     assert resolve_backend(cpu, "torch") == "torch"
     monkeypatch.setenv("CHASM_SCAN", "fast")
-    with pytest.raises(ConfigError, match=r"CHASM_SCAN: found 'fast', .*auto, reference, torch"):
+    with pytest.raises(ConfigError, match=r"CHASM_SCAN: found 'fast', .*auto, mamba_ssm, numba"):
         selective_scan(**make_inputs(3))
     with pytest.raises(ConfigError, match="scan:backend: 'mamba_ssm' cannot run on cpu"):
         resolve_backend(cpu, "mamba_ssm")
+    with pytest.raises(ConfigError, match="'numba' cannot run on mps: it needs a CPU"):
+        resolve_backend(torch.device("mps"), "numba")
+
+
+def test_without_numba_torch_runs_and_says_so(monkeypatch, caplog):
+    monkeypatch.delenv("CHASM_SCAN", raising=False)
+    monkeypatch.setitem(sys.modules, "numba", None)
+    cuda_packages.optional_module.cache_clear()
+    scan._say_once.cache_clear()
+    try:
+        with caplog.at_level("INFO", logger="chasm"):
+            assert resolve_backend(torch.device("cpu")) == "torch"
+            assert resolve_backend(torch.device("cpu")) == "torch"
+    finally:
+        cuda_packages.optional_module.cache_clear()
+        scan._say_once.cache_clear()
+    assert [record.getMessage() for record in caplog.records] == [
+        "selective scan: the torch scan runs: numba is not installed"
+    ]
 
 
 def test_kernel_is_used_on_cuda_when_importable(monkeypatch):
@@ -191,20 +218,86 @@ def test_kernel_is_used_on_cuda_when_importable(monkeypatch):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.delenv("CHASM_SCAN", raising=False)
     cuda = torch.device("cuda", 0)
-    scan.optional_module.cache_clear()
-    assert resolve_backend(cuda) == "torch"
+    cuda_packages.optional_module.cache_clear()
     monkeypatch.setitem(sys.modules, interface.__name__, interface)
-    scan.optional_module.cache_clear()
     try:
+        assert resolve_backend(cuda) == "torch"
+        with pytest.raises(ConfigError, match="MAMBA_KEEP_CUDA_BUILD=TRUE"):
+            resolve_backend(cuda, "mamba_ssm")
+        monkeypatch.setitem(sys.modules, "selective_scan_cuda", ModuleType("selective_scan_cuda"))
+        cuda_packages.optional_module.cache_clear()
         assert resolve_backend(cuda) == "mamba_ssm"
         assert resolve_backend(cuda, "torch") == "torch"
-        assert resolve_backend(torch.device("cpu")) == "torch"
+        assert resolve_backend(torch.device("cpu")) == "numba"
         inputs = make_inputs(4)
-        found = BACKENDS["mamba_ssm"].scan(**inputs, delta_softplus=True)
+        found = BACKENDS["mamba_ssm"].scan(ScanArguments(**inputs, delta_softplus=True))
     finally:
-        scan.optional_module.cache_clear()
+        cuda_packages.optional_module.cache_clear()
     assert len(calls) == 1
     assert relative_error(found, scalar_loop(**inputs, delta_softplus=True)) < 1e-12
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("gated", [True, False])
+def test_operator_is_what_torch_expects_of_one(backend, gated):
+    inputs = {name: value.requires_grad_() for name, value in make_inputs(5, gated).items()}
+    arguments = ScanArguments(
+        **{"D": None, "z": None, "delta_bias": None, **inputs}, delta_softplus=gated
+    )
+    operator = torch.ops.chasm.selective_scan.default
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(operator, (*arguments, backend, True), test_utils=checks)
+    assert torch.autograd.gradcheck(
+        lambda *values: selective_scan(*values, delta_softplus=gated, backend=backend),
+        tuple(arguments[:8]),
+    )
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_compiled_without_a_graph_break(backend):
+    inputs = make_inputs(9)
+    expected = outputs_and_gradients(selective_scan, inputs, delta_softplus=True, backend=backend)
+    compiled = torch.compile(selective_scan, backend="aot_eager", fullgraph=True)
+    found = outputs_and_gradients(compiled, inputs, delta_softplus=True, backend=backend)
+    for name, value in expected.items():
+        assert relative_error(found[name], value) < 1e-14, name
+
+
+def test_second_derivatives_are_refused():
+    inputs = make_inputs(4)
+    u = inputs["u"].requires_grad_()
+    y = selective_scan(**inputs)
+    (gradient,) = torch.autograd.grad(y.sum(), u, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("backend", OWN_BACKENDS)
+def test_float16_has_no_nan_where_float16_states_do(backend):
+    """The published clamp hides what happens here: a state overflows, its decay underflows."""
+    time = 300
+    inputs = {
+        "u": torch.full((1, 1, time), 300.0),
+        "delta": torch.ones(1, 1, time),
+        "A": torch.full((1, 1), -1e-3),
+        "B": torch.ones(1, 1, time),
+        "C": torch.full((1, 1, time), 0.01),
+    }
+    inputs["delta"][..., 280] = 6e4  # a step so large that it forgets everything before
+    half = {name: value.half() for name, value in inputs.items()}
+    state, naive = torch.zeros(1, dtype=torch.float16), []
+    for t in range(time):
+        step = half["delta"][0, 0, t]
+        state = (
+            torch.exp(step * half["A"][0]) * state + step * half["u"][0, 0, t] * half["B"][0, 0, t]
+        )
+        naive.append(state * half["C"][0, 0, t])
+    assert torch.stack(naive).isnan().any()
+    found = selective_scan(**half, backend=backend)
+    exact = selective_scan(**{k: v.double() for k, v in half.items()}, backend="reference")
+    assert not found.isnan().any()
+    fits = exact.abs() < 6e4
+    assert relative_error(found[fits], exact[fits]) < 1e-3
 
 
 def test_shapes_are_checked():

@@ -1,0 +1,133 @@
+"""The selective scan on a CPU, compiled by Numba.
+
+Work is cut into tasks of one batch element and some of its channels, which threads share. What a
+task sums for others (gradients of A, B, C, D and the bias) has a place of its own, so that results
+do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from chasm.models.numba_kernels import LANES, LOG2_E, compiled
+from chasm.models.scan_arguments import (
+    ScanArguments,
+    ScanGradients,
+    accumulation_dtype,
+    empty_sequence,
+    n_parts,
+    part_length,
+)
+
+_TASKS = 16
+"""At least so many tasks, where there are channels enough."""
+
+
+class NumbaScan:
+    """The compiled scan as a `ScanKernel`, for tensors on the CPU."""
+
+    def forward(self, x: ScanArguments, keep: bool) -> tuple[Tensor, Tensor]:
+        """Scan; see `ScanKernel.forward`."""
+        batch, channels, n_steps = x.u.shape
+        dtype, states = accumulation_dtype(x.u), x.A.shape[1]
+        y = empty_sequence(x.u, dtype)
+        kept = torch.empty(batch, n_parts(n_steps) if keep else 0, states, channels, dtype=dtype)
+        kernel, inputs = compiled("forward", dtype), _inputs(x, dtype)
+        rows = y.mT.numpy(), kept.numpy(), part_length(n_steps)
+
+        def scan(b: int, first: int, last: int) -> None:
+            kernel(*inputs, *rows, b, first, last)
+
+        _share(scan, batch, channels)
+        return y.to(x.u.dtype), kept
+
+    def backward(self, x: ScanArguments, kept: Tensor, grad: Tensor) -> ScanGradients:
+        """Give the gradients; see `ScanKernel.backward`."""
+        batch, channels, n_steps = x.u.shape
+        dtype, states = kept.dtype, x.A.shape[1]
+        du, ddelta = empty_sequence(x.u, dtype), empty_sequence(x.u, dtype)
+        dz = empty_sequence(x.u if x.z is not None else x.u[:1, :1, :1], dtype)
+        n_groups = _groups(batch, channels)
+        dB = torch.zeros(n_groups, batch, n_steps, states, dtype=dtype)
+        dC = torch.zeros_like(dB)
+        dA = torch.zeros(batch, states, channels, dtype=dtype)
+        dD, dbias = torch.zeros(2, batch, channels, dtype=dtype)
+        kernel, inputs = compiled("backward", dtype), _inputs(x, dtype)
+        fixed = _array(grad, dtype), kept.numpy(), part_length(n_steps)
+        rows, last_rows = (du.mT.numpy(), ddelta.mT.numpy()), dz.mT.numpy()
+        sums = [values.numpy() for values in (dA, dB, dC, dD, dbias)]
+
+        def scan_back(b: int, first: int, last: int) -> None:
+            of_A, of_B, of_C, of_D, of_bias = sums
+            group = first // _group_width(batch, channels)
+            places = of_A[b], of_B[group, b], of_C[group, b], of_D[b], of_bias[b]
+            kernel(*inputs, *fixed, *rows, *places, last_rows, b, first, last)
+
+        _share(scan_back, batch, channels)
+        return ScanGradients(
+            du.to(x.u.dtype),
+            ddelta.to(x.delta.dtype),
+            dA.sum(0).T.to(x.A.dtype),
+            dB.sum(0).mT.to(x.B.dtype),
+            dC.sum(0).mT.to(x.C.dtype),
+            None if x.D is None else dD.sum(0).to(x.D.dtype),
+            None if x.z is None else dz.to(x.z.dtype),
+            None if x.delta_bias is None else dbias.sum(0).to(x.delta_bias.dtype),
+        )
+
+
+def _array(values: Tensor, dtype: torch.dtype) -> npt.NDArray[Any]:
+    """Give (batch, width, time) as a (batch, time, width) array of the accumulation dtype."""
+    array: npt.NDArray[Any] = values.detach().to(dtype).mT.numpy()
+    return array
+
+
+def _inputs(x: ScanArguments, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Give what both kernels get first; zeros stand for what is not there."""
+    none = torch.zeros(x.u.shape[1], dtype=dtype)
+    skip, bias = (none if v is None else v.detach().to(dtype) for v in (x.D, x.delta_bias))
+    rate = (x.A.detach().to(dtype).T * LOG2_E).contiguous()
+    z = _array(x.u if x.z is None else x.z, dtype)
+    u, delta, B, C = (_array(values, dtype) for values in (x.u, x.delta, x.B, x.C))
+    skips = skip.contiguous().numpy(), bias.contiguous().numpy()
+    return u, delta, rate.numpy(), B, C, *skips, z, x.delta_softplus, x.z is not None
+
+
+def _group_width(batch: int, channels: int) -> int:
+    """Channels of a task; depends on sizes alone, so that sums do not depend on the machine."""
+    groups = min(-(-_TASKS // batch), -(-channels // LANES))
+    return -(-channels // (groups * LANES)) * LANES
+
+
+def _groups(batch: int, channels: int) -> int:
+    return -(-channels // _group_width(batch, channels))
+
+
+def _share(work: Callable[[int, int, int], None], batch: int, channels: int) -> None:
+    """Call `work(b, first, last)` for every task, in as many threads as torch uses."""
+    width = _group_width(batch, channels)
+    tasks = [
+        (b, first, min(first + width, channels))
+        for b in range(batch)
+        for first in range(0, channels, width)
+    ]
+    threads = min(torch.get_num_threads(), len(tasks))
+    if threads == 1:
+        for task in tasks:
+            work(*task)
+        return
+    list(_threads(threads, os.getpid()).map(lambda task: work(*task), tasks))
+
+
+@cache
+def _threads(count: int, process: int) -> ThreadPoolExecutor:
+    """Make threads, once for each process: they do not survive a fork."""
+    return ThreadPoolExecutor(count, thread_name_prefix="scan")
