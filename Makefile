@@ -37,7 +37,7 @@ JOBS    ?=
 ABLATE   = $(BIN)/python -m ablations.run
 TRAINED  = $(if $(CKPT),--run $(CKPT),-c $(or $(RECIPE),$(SCALE)/stage$(STAGE).yaml) $(ORIGIN) --data.subject $(SUBJ) --data.dataset_dir data/$(DATASET))
 
-.PHONY: help setup stage1 stage2 joint-subjects adapt fewshot transfer-table sweep baselines macaque macaque-baselines ablate-cls ablate-patches ablate-swap ablate ablate-retrain calibrate test test-all lint format bench clean
+.PHONY: help setup stage1 stage2 joint-subjects adapt fewshot transfer-table sweep baselines macaque macaque-baselines ablate-cls ablate-patches ablate-swap ablate ablate-retrain calibrate test test-all lint format bench bench-gpu clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):[^#]*## /\1\t/' | \
@@ -131,9 +131,11 @@ format: $(READY) ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) ## The selective scan, and the ablation runner, each against its reference
-	$(BIN)/python benchmarks/scan.py
-	$(BIN)/python benchmarks/ablations.py
+bench: $(READY) ## Speed and memory against named references; writes docs/benchmarks.md
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+bench-gpu: $(READY) ## The CUDA checks and timings, on a machine that has one; writes docs/benchmarks_gpu.md
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 clean: ## Remove caches (not data, not runs)
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist build

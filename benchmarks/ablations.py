@@ -6,24 +6,22 @@
 A Stage 1 of the paper's size with random weights predicts random tokens. "Once" computes the two
 streams of a batch once and only what follows them under every intervention; "whole passes" runs
 the model again for each. Times are medians over the repeats, the two ways taking turns; ratios
-are to one pass without interventions. Both ways must give the same predictions.
+are to whole passes. Both ways must give the same predictions.
 """
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Callable
 from functools import partial
 from statistics import median
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from measure import Row, finish, in_turns, options
 from torch import Tensor
 
 from chasm.data.batches import Batch
 from chasm.data.datamodule import DataSizes
+from chasm.evaluation.cost import random_batch
 from chasm.interventions import (
     Intervention,
     Reference,
@@ -34,13 +32,16 @@ from chasm.interventions import (
 )
 from chasm.models.sites import Stream
 from chasm.parcellation import sequential
-from chasm.progress import track
+from chasm.progress import console
 from chasm.training.modules import Stage1Module
 
 SIZES = DataSizes(
     n_cls=1, cls_width=768, n_patches=256, patch_width=768, n_voxels=15724, n_parcels=1573
 )
 """DINOv2 ViT-B/14 and subject 1 of NSD with ten voxels in a parcel."""
+
+TOY = DataSizes(n_cls=1, cls_width=16, n_patches=9, patch_width=16, n_voxels=300, n_parcels=30)
+"""For ``--quick``."""
 
 STREAMS: tuple[Stream, ...] = ("global", "local")
 COALITIONS: tuple[tuple[Stream, ...], ...] = ((), ("local",), ("global",), STREAMS)
@@ -49,24 +50,12 @@ COALITIONS: tuple[tuple[Stream, ...], ...] = ((), ("local",), ("global",), STREA
 Predict = Callable[[], list[Tensor]]
 
 
-def make_module() -> Stage1Module:
+def make_module(sizes: DataSizes) -> Stage1Module:
     """Make a Stage 1 of the paper's size in eval mode."""
     torch.manual_seed(0)
     module = Stage1Module()
-    module.build(SIZES, sequential(SIZES.n_voxels, 10))
+    module.build(sizes, sequential(sizes.n_voxels, 10))
     return module.eval()
-
-
-def make_batch(images: int) -> Batch:
-    """Draw tokens."""
-    generator = torch.Generator().manual_seed(1)
-    return Batch(
-        cls=torch.randn(images, SIZES.n_cls, SIZES.cls_width, generator=generator),
-        patches=torch.randn(images, SIZES.n_patches, SIZES.patch_width, generator=generator),
-        betas=torch.zeros(images, SIZES.n_voxels),
-        image_id=torch.arange(images),
-        trial=torch.arange(images),
-    )
 
 
 def four_coalitions(module: Stage1Module, batch: Batch, reference: Reference) -> dict[str, Predict]:
@@ -121,13 +110,6 @@ def donors_of_both(module: Stage1Module, batch: Batch, n_donors: int) -> dict[st
     return {"once": once, "whole passes": whole}
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Measure one run."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 def check_equal(ways: dict[str, Predict]) -> None:
     """Refuse to time two ways that do not do the same."""
     for once, whole in zip(ways["once"](), ways["whole passes"](), strict=True):
@@ -137,36 +119,36 @@ def check_equal(ways: dict[str, Predict]) -> None:
 @torch.inference_mode()
 def main() -> None:
     """Run the benchmark and show the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = options(__doc__)
     parser.add_argument("--images", type=int, default=32, help="in the batch")
     parser.add_argument("--donors", type=int, default=20, help="of each image, for resampling")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    module, batch = make_module(), make_batch(options.images)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    sizes, images, n_donors = SIZES, given.images, given.donors
+    if given.quick:
+        sizes, images, n_donors = TOY, 4, 2
+    module, batch = make_module(sizes), random_batch(sizes, images, torch.device("cpu"))
     sites = [part.site for stream in STREAMS for part in on_stream(module, stream, "mean")]
     reference = collect(module, [batch], sites)
     works = {
         "4 coalitions": four_coalitions(module, batch, reference),
-        f"2 streams, {options.donors} donors": donors_of_both(module, batch, options.donors),
+        f"2 streams, {n_donors} donors": donors_of_both(module, batch, n_donors),
     }
     check_equal(works["4 coalitions"])
     check_equal(donors_of_both(module, batch, 2))
-    times: dict[tuple[str, str], list[float]] = {}
-    for _ in track(range(options.repeats), "repeats", options.repeats):
-        times.setdefault(("one pass", ""), []).append(seconds(lambda: module(batch)))
-        for name, ways in works.items():
-            for way, work in ways.items():
-                times.setdefault((name, way), []).append(seconds(work))
-    clean = median(times["one pass", ""])
-    title = f"Stage 1, batch of {options.images}, float32, {options.threads} threads"
-    table = Table(title=title)
-    for column in ("what", "streams", "s", "ratio to one pass"):
-        table.add_column(column, justify="right")
-    for (name, way), found in times.items():
-        table.add_row(name, way, f"{median(found):.2f}", f"{median(found) / clean:.2f}")
-    Console().print(table)
+    rows = []
+    for name, ways in works.items():
+        console.print(f"timing {name}")
+        times = in_turns({"one pass": partial(module, batch), **ways}, given.repeats, warm=0)
+        clean = median(times["one pass"])
+        for way, found in times.items():
+            cost = "" if way == "one pass" else f"{median(found) / clean:.2f} times one pass"
+            reference_way = "whole passes" if way == "once" else None
+            case = f"{name}, {images} images"
+            rows.append(
+                Row("ablations", case, way, median(found), reference=reference_way, note=cost)
+            )
+    finish(rows, given)
 
 
 if __name__ == "__main__":

@@ -48,10 +48,13 @@ def make_inputs(size: Size, dtype: torch.dtype = torch.float32) -> dict[str, Ten
     return {name: value.to(dtype).requires_grad_() for name, value in inputs.items()}
 
 
-def forward_backward(inputs: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
-    """Scan and differentiate the sum of the outputs."""
+def forward_backward(
+    inputs: dict[str, Tensor], backend: str, gradient: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Scan and go back from a gradient of the output; None: of the sum of the outputs."""
     y = selective_scan(**inputs, delta_softplus=True, backend=backend)
-    return torch.autograd.grad(y, list(inputs.values()), torch.ones_like(y))
+    gradient = torch.ones_like(y) if gradient is None else gradient
+    return torch.autograd.grad(y, list(inputs.values()), gradient)
 
 
 def largest_error(backend: str, size: Size) -> float:
@@ -68,9 +71,10 @@ def measure(backend: str, size: Size, repeats: int) -> dict[str, float | None]:
     """Measure one back end in this process."""
     # Few steps of every channel start the threads, without memory that the real run could reuse.
     forward_backward(make_inputs((size[0], 4, *size[2:])), backend)
-    step = partial(forward_backward, make_inputs(size), backend)
+    inputs = make_inputs(size)
+    step = partial(forward_backward, inputs, backend, torch.ones_like(inputs["u"]))
     memory = extra_memory(step)
-    seconds = median(times(step, repeats, warm=0))
+    seconds = median(times(step, repeats))
     return {"seconds": seconds, "memory_mb": memory, "error": largest_error(backend, size)}
 
 

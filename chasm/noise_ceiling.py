@@ -50,8 +50,8 @@ class RunningMoments:
         return self._squares / (self.n - 1)
 
 
-class RepeatAccumulator:
-    """Noise and signal variance per unit from images shown several times.
+class NoiseAccumulator:
+    """Noise variance per unit from images shown several times, pooled over images.
 
     Parameters
     ----------
@@ -68,28 +68,62 @@ class RepeatAccumulator:
         self.n_images = 0
         self._within = np.zeros(n_units)
         self._freedom = 0
+
+    def update(self, repeats: np.ndarray) -> np.ndarray:
+        """Add images that have the same number of repeats: (images, repeats, units).
+
+        Returns
+        -------
+        np.ndarray
+            (images, units) float64, their means over repeats.
+        """
+        n, k = repeats.shape[:2]
+        means = repeats.mean(axis=1, dtype=np.float64)
+        if n and k > 1:
+            for repeat in range(k):
+                difference = repeats[:, repeat] - means
+                self._within += np.einsum("iu,iu->u", difference, difference)
+            self._freedom += n * (k - 1)
+            self.n_images += n
+        return means
+
+    @property
+    def variance(self) -> np.ndarray:
+        """Unbiased variance across repeats: (units,); NaN without repeats."""
+        if not self._freedom:
+            return np.full_like(self._within, np.nan)
+        return self._within / self._freedom
+
+
+class RepeatAccumulator:
+    """Noise and signal variance per unit from images shown several times.
+
+    Parameters
+    ----------
+    n_units
+        Number of voxels, parcels or other units.
+    """
+
+    def __init__(self, n_units: int) -> None:
+        self._noise = NoiseAccumulator(n_units)
         self._means = RunningMoments(n_units)
         self._inverse_repeats = 0.0
 
     def update(self, repeats: np.ndarray) -> None:
         """Add images that have the same number of repeats: (images, repeats, units)."""
         n, k = repeats.shape[:2]
-        if not n:
-            return
-        means = repeats.mean(axis=1, dtype=np.float64)
-        if k > 1:
-            self._within += np.square(repeats - means[:, None]).sum(axis=(0, 1), dtype=np.float64)
-            self._freedom += n * (k - 1)
-            self.n_images += n
-        self._means.update(means)
+        self._means.update(self._noise.update(repeats))
         self._inverse_repeats += n / k
+
+    @property
+    def n_images(self) -> int:
+        """Images seen so far that have at least two repeats."""
+        return self._noise.n_images
 
     @property
     def noise_variance(self) -> np.ndarray:
         """Unbiased variance across repeats, pooled over images: (units,); NaN without repeats."""
-        if not self._freedom:
-            return np.full_like(self._within, np.nan)
-        return self._within / self._freedom
+        return self._noise.variance
 
     @property
     def signal_variance(self) -> np.ndarray:
@@ -155,12 +189,11 @@ def ncsnr(betas_z: np.ndarray, image_ids: ArrayLike, repeats_exactly: int | None
     """
     if repeats_exactly is not None and repeats_exactly < 2:
         raise ValueError(f"repeats_exactly must be at least 2, not {repeats_exactly}")
-    accumulator = RepeatAccumulator(betas_z.shape[1])
+    noise = NoiseAccumulator(betas_z.shape[1])
     for k, trials in repeat_groups(image_ids).items():
         if k == repeats_exactly or (repeats_exactly is None and k > 1):
-            accumulator.update(betas_z[trials])
-    noise = accumulator.noise_variance
-    return ncsnr_from_variances(1 - noise, noise)
+            noise.update(betas_z[trials])
+    return ncsnr_from_variances(1 - noise.variance, noise.variance)
 
 
 def unit_ncsnr(values: np.ndarray, image_ids: ArrayLike) -> np.ndarray:

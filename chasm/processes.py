@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor
 
 RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")
 """Variables in which torchrun, SLURM and Lightning number processes and nodes, from 0."""
+
+PATIENCE = timedelta(hours=3)
+"""How long processes wait for each other: the first one solves a closed form for all."""
 
 
 def n_processes() -> int:
@@ -52,7 +56,7 @@ def gather(rows: Tensor) -> Tensor:
     """
     if n_processes() == 1:
         return rows
-    counts, own = _counts(len(rows), rows.device), dist.get_rank()
+    counts, own = _counts(len(rows)), dist.get_rank()
     before, after = sum(counts[:own]), sum(counts[own + 1 :])
     width = rows.shape[1:]
     padded = torch.cat([rows.new_zeros(before, *width), rows, rows.new_zeros(after, *width)])
@@ -64,7 +68,7 @@ def own_rows(rows: Tensor) -> slice:
     """Say which rows of what `gather` gives are this process's own."""
     if n_processes() == 1:
         return slice(0, len(rows))
-    counts, own = _counts(len(rows), rows.device), dist.get_rank()
+    counts, own = _counts(len(rows)), dist.get_rank()
     start = sum(counts[:own])
     return slice(start, start + counts[own])
 
@@ -76,15 +80,16 @@ def weigh(loss: Tensor, n: int) -> Tensor:
     """
     if n_processes() == 1:
         return loss
-    counts = _counts(n, loss.device)
-    return loss * (n * len(counts) / sum(counts))
+    total = torch.full((), float(n), device=loss.device)
+    dist.all_reduce(total)  # stays on the device: nobody waits to read it
+    return loss * (n * n_processes() / total)
 
 
-def any_of(value: bool, device: torch.device) -> bool:
+def any_of(value: bool) -> bool:
     """Whether `value` holds in any process."""
     if n_processes() == 1:
         return value
-    return bool(sum(_counts(int(value), device)))
+    return bool(sum(_counts(int(value))))
 
 
 def take_from_first(tensors: Iterable[Tensor]) -> None:
@@ -104,6 +109,7 @@ def part_ways() -> None:
     """End what the processes have together; from here on each is alone."""
     if n_processes() > 1:
         wait_for_all()
+        _host_groups.clear()
         dist.destroy_process_group()
 
 
@@ -123,8 +129,22 @@ class _Sum(torch.autograd.Function):
         return total
 
 
-def _counts(own: int, device: torch.device) -> list[int]:
-    counts = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
+_host_groups: dict[Any, Any] = {}
+
+
+def _host_group() -> Any:
+    """All processes, speaking from main memory: no process waits for what its device is at."""
+    if dist.get_backend() == "gloo":
+        return None
+    world = dist.group.WORLD
+    if world not in _host_groups:
+        _host_groups.clear()  # of processes that have parted
+        _host_groups[world] = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return _host_groups[world]
+
+
+def _counts(own: int) -> list[int]:
+    counts = torch.zeros(dist.get_world_size(), dtype=torch.int64)
     counts[dist.get_rank()] = own
-    dist.all_reduce(counts)
+    dist.all_reduce(counts, group=_host_group())
     return counts.tolist()

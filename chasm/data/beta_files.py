@@ -6,7 +6,6 @@ NSD's .hdf5 keeps each voxel's trials in one chunk of its own, so it is read vox
 
 from __future__ import annotations
 
-import os
 import zlib
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from chasm.data.store_format import open_hdf5
 from chasm.errors import DataError
 
 _BLOCK_BYTES = 48 << 20
+_VOXELS_AT_ONCE = 256
 _FETCH = "Fetch this session again"
 
 
@@ -65,7 +65,7 @@ def read_session(path: Path, mask: np.ndarray, n_trials: int) -> np.ndarray:
     Returns
     -------
     np.ndarray
-        (trials, voxels) int16, percent signal change × 300; voxels in C order of the mask.
+        (voxels, trials) int16, percent signal change × 300; voxels in C order of the mask.
 
     Raises
     ------
@@ -83,46 +83,12 @@ def read_session(path: Path, mask: np.ndarray, n_trials: int) -> np.ndarray:
         raise DataError(path, f"is damaged or truncated ({line})", _FETCH) from error
 
 
-class RowFile:
-    """Rows of int16 on disk, appended once and read by index without a memory map.
-
-    Parameters
-    ----------
-    path
-        A new file.
-    width
-        Values in a row.
-    """
-
-    def __init__(self, path: Path, width: int) -> None:
-        self._path, self._width = path, width
-
-    def __enter__(self) -> RowFile:
-        self._file = self._path.open("w+b", buffering=0)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def append(self, rows: np.ndarray) -> None:
-        """Add rows: (n, width) int16."""
-        view = np.ascontiguousarray(rows, dtype=np.int16).data.cast("B")
-        while view:
-            view = view[self._file.write(view) :]
-
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        """Rows by index: (n, width); runs of neighbours are read at once."""
-        result = np.empty((len(indices), self._width), dtype=np.int16)
-        breaks = np.flatnonzero(np.diff(indices) != 1) + 1
-        for part in np.split(np.arange(len(indices)), breaks):
-            view = result[part[0] : part[-1] + 1].data.cast("B")
-            offset = int(indices[part[0]]) * self._width * 2
-            while view:
-                n_read = os.preadv(self._file.fileno(), [view], offset)
-                if not n_read:
-                    raise EOFError(f"{self._path} ends before row {indices[part[-1]]}")
-                view, offset = view[n_read:], offset + n_read
-        return result
+def by_trial(betas: np.ndarray) -> np.ndarray:
+    """Turn (voxels, trials) into contiguous (trials, voxels), some voxels at a time."""
+    result = np.empty(betas.shape[::-1], dtype=betas.dtype)
+    for start in range(0, len(betas), _VOXELS_AT_ONCE):
+        result[:, start : start + _VOXELS_AT_ONCE] = betas[start : start + _VOXELS_AT_ONCE].T
+    return result
 
 
 def _open_hdf5(path: Path) -> h5py.File:
@@ -184,10 +150,10 @@ def _read_hdf5(betas: h5py.Dataset, mask: np.ndarray) -> np.ndarray:
         return _read_voxel_chunks(betas, x, y, z)
     if betas.chunks is not None and betas.chunks[1] > 1:
         return _read_trial_blocks(betas, mask)
-    result = np.empty((n_trials, len(x)), dtype=np.int16)
+    result = np.empty((len(x), n_trials), dtype=np.int16)
     for slab in np.unique(z):
         here = z == slab
-        result[:, here] = betas[:, int(slab)][:, y[here], x[here]]
+        result[here] = betas[:, int(slab)][:, y[here], x[here]].T
     return result
 
 
@@ -195,38 +161,39 @@ def _read_voxel_chunks(
     betas: h5py.Dataset, x: np.ndarray, y: np.ndarray, z: np.ndarray
 ) -> np.ndarray:
     """Read one raw chunk per voxel; a chunk that was never written holds zeros."""
-    result = np.empty((len(x), betas.shape[0]), dtype=betas.dtype)
-    # In the order of the file, which is the order of the reversed axes.
-    for voxel in np.lexsort((x, y, z)):
-        place = (int(z[voxel]), int(y[voxel]), int(x[voxel]))
+    result = np.empty((len(x), betas.shape[0]), dtype=np.int16)
+    raw, read = result.view(np.uint8), betas.id.read_direct_chunk
+    order = np.lexsort((x, y, z))  # that of the file, whose axes are reversed
+    places = (axis[order].tolist() for axis in (z, y, x))
+    for voxel, *place in zip(order.tolist(), *places, strict=True):
         try:
-            _, raw = betas.id.read_direct_chunk((0, *place))
-            result[voxel] = np.frombuffer(raw, dtype=betas.dtype)
+            read((0, *place), out=raw[voxel])
         except (OSError, RuntimeError):
             result[voxel] = betas[(slice(None), *place)]
-    return np.ascontiguousarray(result.T, dtype=np.int16)
+    return result
 
 
 def _read_trial_blocks(betas: h5py.Dataset, mask: np.ndarray) -> np.ndarray:
     n_trials, chunk = betas.shape[0], betas.chunks[0]
     block = max(1, _BLOCK_BYTES // (2 * mask.size * chunk)) * chunk
     flat = np.flatnonzero(mask.transpose(2, 1, 0))
-    result = np.empty((n_trials, len(flat)), dtype=np.int16)
-    for start in range(0, n_trials, block):
-        part = betas[start : start + block]
-        result[start : start + len(part)] = part.reshape(len(part), -1)[:, flat]
     # `flat` runs in C order of (Z, Y, X); put voxels in C order of (X, Y, Z).
     order = np.empty(mask.shape, dtype=np.int64)
     order.transpose(2, 1, 0)[mask.transpose(2, 1, 0)] = np.arange(len(flat))
-    return result[:, order[mask]]
+    flat = flat[order[mask]]
+    result = np.empty((len(flat), n_trials), dtype=np.int16)
+    for start in range(0, n_trials, block):
+        part = betas[start : start + block]
+        result[:, start : start + len(part)] = part.reshape(len(part), -1)[:, flat].T
+    return result
 
 
 def _read_nifti(path: Path, mask: np.ndarray) -> np.ndarray:
     betas = _open_nifti(path)
     n_trials = betas.shape[3]
     block = max(1, _BLOCK_BYTES // (2 * mask.size))
-    result = np.empty((n_trials, int(mask.sum())), dtype=np.int16)
+    result = np.empty((int(mask.sum()), n_trials), dtype=np.int16)
     for start in range(0, n_trials, block):
         part = np.asarray(betas[..., start : start + block])
-        result[start : start + part.shape[3]] = part[mask].T
+        result[:, start : start + part.shape[3]] = part[mask]
     return result

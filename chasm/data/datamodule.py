@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,10 +11,16 @@ from typing import Literal
 
 import lightning as L
 import numpy as np
-import torch
 from torch.utils.data import DataLoader
 
-from chasm.data.batches import Batch, EncodingDataset, EpochShuffle, SharedBatches, whole_batch
+from chasm.data.batches import (
+    Batch,
+    EncodingDataset,
+    EpochShuffle,
+    KnownImages,
+    SharedBatches,
+    whole_batch,
+)
 from chasm.data.splits import FewShot, Split, few_shot, make_split, training_statistics
 from chasm.data.store import SubjectStore
 from chasm.errors import ConfigError, DataError
@@ -22,6 +29,9 @@ from chasm.features.cache import TokenCache
 from chasm.parcellation import Parcellation, make_parcellation
 
 log = logging.getLogger(__name__)
+
+MOST_WORKERS, AHEAD = 4, 4
+"""Most processes that a loader starts by itself, and batches that each fetches ahead."""
 
 
 @dataclass
@@ -96,7 +106,8 @@ class NSDDataModule(L.LightningDataModule):
     batch_size
         Images per batch, of all processes that train together.
     num_workers
-        Loader processes; 0 fetches in the main process, which is fast for memory maps.
+        Loader processes; 0 fetches in the main process, which is fast for memory maps. null: 0
+        where the CPU trains, whose cores the step needs, else up to 4 that fetch ahead.
     seed
         Seed of the order of the train images.
     few_shot
@@ -115,13 +126,13 @@ class NSDDataModule(L.LightningDataModule):
         samples: Literal["image_means", "trials"] = "image_means",
         parcels: ParcelOptions = ParcelOptions(),  # noqa: B008
         batch_size: int = 32,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         seed: int = 0,
         few_shot: FewShot | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
-            if value < least:
+            if value is not None and value < least:
                 raise ConfigError(f"data.{name}", f"found {value}", f"Use {least} or more.")
         self.subject = subject
         self.dataset_dir = Path(dataset_dir)
@@ -135,6 +146,8 @@ class NSDDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.few_shot = few_shot
+        self.n_beside = 1
+        self.known = {"train": KnownImages(), "validation": KnownImages()}
 
     # What the files say, read when first asked for.
 
@@ -270,11 +283,12 @@ class NSDDataModule(L.LightningDataModule):
         self,
         part: Literal["train", "validation", "test", "given"],
         samples: Literal["image_means", "trials"] = "image_means",
+        known: KnownImages | None = None,
     ) -> EncodingDataset:
         """Images of one part of the split; repeats are averaged unless `samples` says otherwise.
 
         ``given`` is what a fit without validation set may use: the train images or, with few
-        shots, all of those, validation included.
+        shots, all of those, validation included. What is `known` is not read.
         """
         mean, std = self.normalisation
         split = self.data_split
@@ -283,17 +297,39 @@ class NSDDataModule(L.LightningDataModule):
             ids = np.concatenate([split.train, split.validation]) if few else split.train
         else:
             ids = getattr(split, part)
-        return EncodingDataset(self.store, self.tokens, ids, mean, std, samples)
+        return EncodingDataset(self.store, self.tokens, ids, mean, std, samples, known)
 
     def _loader(self, data: EncodingDataset, batches: SharedBatches) -> DataLoader[Batch]:
+        workers = self.n_workers
         return DataLoader(
             data,
             batch_sampler=batches,
-            num_workers=self.num_workers,
+            num_workers=workers,
             collate_fn=whole_batch,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
+            pin_memory=self._on_cuda,
+            persistent_workers=workers > 0,
+            prefetch_factor=AHEAD if workers else None,
         )
+
+    @property
+    def n_workers(self) -> int:
+        """Processes of each loader: `num_workers`, or as many as help.
+
+        They read memory maps and touch no device, each on one thread. Those of all processes
+        that train here, and of the `n_beside` subjects that are trained on together, leave each
+        training process a core.
+        """
+        if self.num_workers is not None:
+            return self.num_workers
+        if not self._on_cuda:
+            return 0
+        training = 1 if self.trainer is None else self.trainer.num_devices
+        return max(0, min(MOST_WORKERS, (n_cores() // training - 1) // self.n_beside))
+
+    @property
+    def _on_cuda(self) -> bool:
+        """Whether batches go to a CUDA device."""
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def _shared(self, sampler: EpochShuffle | range) -> SharedBatches:
         """Share batches with the trainer's other processes."""
@@ -303,12 +339,12 @@ class NSDDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Give the train items, shuffled by (seed, epoch), or this process's share of them."""
-        data = self.dataset("train", self.samples)
+        data = self.dataset("train", self.samples, self.known["train"])
         return self._loader(data, self._shared(EpochShuffle(len(data), self.seed)))
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Give the validation images, repeats averaged, or this process's share of them."""
-        data = self.dataset("validation")
+        data = self.dataset("validation", known=self.known["validation"])
         return self._loader(data, self._shared(range(len(data))))
 
     def test_dataloader(self) -> DataLoader[Batch]:
@@ -325,6 +361,11 @@ class NSDDataModule(L.LightningDataModule):
         batch["cls"] = batch["cls"].float()
         batch["patches"] = batch["patches"].float()
         return batch
+
+
+def n_cores() -> int:
+    """Count the processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def subject_name(subject: int | str) -> str:

@@ -363,7 +363,7 @@ class NSDTree:
             if path.is_file():
                 names |= read_ctab(path)
                 break
-        used = (int(k) for k in np.unique(labels) if k > 0)
+        used = np.unique(labels[labels > 0]).tolist()
         return {k: f"{atlas}-{k}" for k in used} | names
 
     def _check_responses(self, subject: int, sessions: Sequence[int], ids: np.ndarray) -> None:

@@ -126,15 +126,15 @@ def read_responses(path: Path) -> np.ndarray:
     """
     try:
         with path.open(encoding="utf-8", newline="") as stream:
-            reader = csv.DictReader(stream, delimiter="\t")
-            columns, rows = reader.fieldnames, list(reader)
+            columns, *rows = list(csv.reader(stream, delimiter="\t")) or [[]]
     except (UnicodeDecodeError, csv.Error, OSError) as error:
         raise DataError(path, f"not a readable table ({error})", "Fetch it again") from error
-    if not {"SESSION", "73KID"} <= set(columns or ()):
+    if not {"SESSION", "73KID"} <= set(columns):
         raise DataError(path, "has no columns SESSION and 73KID", "Fetch it again")
+    session, image = columns.index("SESSION"), columns.index("73KID")
     try:
-        pairs = [(int(float(r["SESSION"])), int(float(r["73KID"]))) for r in rows]
-    except (TypeError, ValueError, OverflowError) as error:
+        pairs = [(int(float(row[session])), int(float(row[image]))) for row in rows if row]
+    except (IndexError, ValueError, OverflowError) as error:
         raise DataError(path, f"holds no number ({error})", "Fetch it again") from error
     return np.array(pairs, dtype=np.int64).reshape(-1, 2)
 

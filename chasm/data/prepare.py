@@ -1,34 +1,34 @@
 """From an NSD tree to one subject store: session by session, masked voxels only.
 
-Each session's betas are staged on disk first, because a voxel that is invalid in any session is
-kept out of all of them. Memory does not grow with the number of sessions.
+Memory does not grow with the number of sessions. A voxel that is invalid in any session is kept
+out of all of them, and the store is written anew without it.
 """
 
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from chasm.data.beta_files import RowFile, check_session, read_session
+from chasm.data.beta_files import by_trial, check_session, read_session
 from chasm.data.images import FINGERPRINT_IMAGES, Hdf5Images
 from chasm.data.nsd import BETA_SCALE, NSDTree, RoiVolume, load_volume
-from chasm.data.store import session_statistics
+from chasm.data.session_moments import SessionMoments
 from chasm.data.store_format import file_facts, is_current, signature
 from chasm.data.store_writer import StoreWriter
 from chasm.errors import ConfigError, DataError
-from chasm.noise_ceiling import RepeatAccumulator, ncsnr_from_variances, repeat_groups
+from chasm.noise_ceiling import NoiseAccumulator, ncsnr_from_variances, repeat_groups
 from chasm.progress import track
 
 log = logging.getLogger(__name__)
 
 NCSNR_MIN_IMAGES = 50
 """Below this many images with exactly three trials, all repeated images are pooled for ncsnr."""
-_BLOCK_BYTES = 48 << 20
+_BLOCK_BYTES = 2 << 20
+"""Betas of repeated images that are handled at once; what the processor's cache holds."""
 
 
 @dataclass(frozen=True)
@@ -105,15 +105,18 @@ def prepare_nsd(
         return out
     for path in plan.files.values():
         check_session(path, plan.mask.shape, plan.n_trials)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder,
-        RowFile(Path(folder) / "betas.i16", int(plan.mask.sum())) as staged,
-    ):
-        zero, constant = _stage(plan, staged)
-        keep = ~(zero | constant)
+    with StoreWriter(
+        out,
+        n_trials=len(plan.image_ids),
+        n_voxels=int(plan.mask.sum()),
+        dtype=np.int16,
+        scale=BETA_SCALE,
+    ) as writer:
+        read = _write_betas(plan, writer)
+        keep = ~(read.zero | read.constant)
         _check_enough(plan, keep)
-        _write(plan, roi, staged, keep, zero, made_from, out)
+        writer.keep(keep)
+        _write_rest(plan, roi, read, keep, made_from, writer)
     log.info("%s: %d trials, %d voxels", out, len(plan.image_ids), keep.sum())
     return out
 
@@ -221,25 +224,46 @@ def _identity(plan: _Plan) -> dict[str, str]:
     }
 
 
-def _stage(plan: _Plan, staged: RowFile) -> tuple[np.ndarray, np.ndarray]:
-    """Copy every session's masked betas to disk; find voxels that cannot be used.
+@dataclass(frozen=True)
+class _Read:
+    """What was found while the betas were read.
 
-    Returns
-    -------
+    Attributes
+    ----------
     zero, constant
         (mask voxels,) bool: all zero in some session (NSD's mark of an invalid voxel); not zero
         but without variation in some session.
+    statistics
+        ``train`` (images only this subject saw) and ``all``: mean and standard deviation, each
+        (sessions, mask voxels) float32, percent signal change.
     """
-    zero = np.zeros(int(plan.mask.sum()), dtype=bool)
-    constant = np.zeros_like(zero)
-    train = plan.train.reshape(len(plan.files), -1)
-    for row, path in track(list(enumerate(plan.files.values())), "reading sessions"):
+
+    zero: np.ndarray
+    constant: np.ndarray
+    statistics: dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def _write_betas(plan: _Plan, writer: StoreWriter) -> _Read:
+    """Copy every session's masked betas into the store and take their statistics on the way."""
+    shape = (len(plan.files), int(plan.mask.sum()))
+    zero, constant = np.zeros((2, shape[1]), dtype=bool)
+    statistics = {
+        which: (np.empty(shape, np.float32), np.empty(shape, np.float32))
+        for which in ("train", "all")
+    }
+    held_out = ~plan.train.reshape(len(plan.files), -1)
+    for row, path in track(list(enumerate(plan.files.values())), "preparing sessions"):
         betas = read_session(path, plan.mask, plan.n_trials)
-        zero |= ~betas.any(axis=0)
-        own = betas[train[row]]
-        constant |= (betas == betas[0]).all(axis=0) | (own == own[0]).all(axis=0)
-        staged.append(betas)
-    return zero, constant & ~zero
+        every = SessionMoments.of(betas)
+        own = every.without(SessionMoments.of(betas[:, held_out[row]]))
+        zero |= every.zero
+        constant |= every.constant | own.constant
+        for which, moments in (("train", own), ("all", every)):
+            statistics[which][0][row] = moments.mean / BETA_SCALE
+            statistics[which][1][row] = moments.std / BETA_SCALE
+        writer.append(by_trial(betas))
+        del betas  # before the next session is read
+    return _Read(zero, constant & ~zero, statistics)
 
 
 def _check_enough(plan: _Plan, keep: np.ndarray) -> None:
@@ -253,45 +277,42 @@ def _check_enough(plan: _Plan, keep: np.ndarray) -> None:
         log.warning("%d of %d voxels are zero or constant: kept out", (~keep).sum(), keep.size)
 
 
-def _write(
+def _write_rest(
     plan: _Plan,
     roi: dict[str, RoiVolume],
-    staged: RowFile,
+    read: _Read,
     keep: np.ndarray,
-    zero: np.ndarray,
     made_from: str,
-    out: Path,
+    writer: StoreWriter,
 ) -> None:
-    tree, sessions, n_trials = plan.tree, list(plan.files), len(plan.image_ids)
-    with StoreWriter(
-        out, n_trials=n_trials, n_voxels=int(keep.sum()), dtype=np.int16, scale=BETA_SCALE
-    ) as writer:
-        statistics = _write_betas(plan, staged, keep, writer)
-        writer.write_trials(
-            session=np.repeat(sessions, plan.n_trials),
-            run=tree.trial_runs(sessions),
-            image_id=plan.image_ids,
-            repeat=tree.design().repeats[tree.trial_indices(sessions)],
-        )
-        writer.write_normalisation(
-            "train", *statistics["train"], np.unique(plan.image_ids[plan.train])
-        )
-        writer.write_normalisation("all", *statistics["all"])
-        counts = {
-            "n_mask": keep.size,
-            "n_invalid": int(zero.sum()),
-            "n_constant": int((~keep & ~zero).sum()),
-        }
-        _write_voxels(plan, staged, keep, statistics["all"], counts, writer)
-        for atlas, volume in roi.items():
-            writer.write_roi(atlas, volume.labels[plan.mask][keep], volume.names)
-        writer.write_images(*_image_table(plan), plan.images)
-        writer.write_attributes(
-            affine=plan.affine,
-            volume_shape=plan.mask.shape,
-            source_signature=made_from,
-            **_identity(plan),
-        )
+    """Write everything but the betas."""
+    tree, sessions = plan.tree, list(plan.files)
+    writer.write_trials(
+        session=np.repeat(sessions, plan.n_trials),
+        run=tree.trial_runs(sessions),
+        image_id=plan.image_ids,
+        repeat=tree.design().repeats[tree.trial_indices(sessions)],
+    )
+    statistics = {
+        which: (mean[:, keep], std[:, keep]) for which, (mean, std) in read.statistics.items()
+    }
+    writer.write_normalisation("train", *statistics["train"], np.unique(plan.image_ids[plan.train]))
+    writer.write_normalisation("all", *statistics["all"])
+    counts = {
+        "n_mask": keep.size,
+        "n_invalid": int(read.zero.sum()),
+        "n_constant": int((~keep & ~read.zero).sum()),
+    }
+    _write_voxels(plan, keep, statistics["all"], counts, writer)
+    for atlas, volume in roi.items():
+        writer.write_roi(atlas, volume.labels[plan.mask][keep], volume.names)
+    writer.write_images(*_image_table(plan), plan.images)
+    writer.write_attributes(
+        affine=plan.affine,
+        volume_shape=plan.mask.shape,
+        source_signature=made_from,
+        **_identity(plan),
+    )
 
 
 def _image_table(plan: _Plan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -300,28 +321,8 @@ def _image_table(plan: _Plan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return ids, shared, np.isin(ids, plan.tree.special_images())
 
 
-def _write_betas(
-    plan: _Plan, staged: RowFile, keep: np.ndarray, writer: StoreWriter
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Copy the valid voxels into the store and take each session's statistics on the way."""
-    shape = (len(plan.files), int(keep.sum()))
-    result = {
-        w: (np.empty(shape, np.float32), np.empty(shape, np.float32)) for w in ("train", "all")
-    }
-    for row in track(range(len(plan.files)), "writing the store"):
-        trials = np.arange(row * plan.n_trials, (row + 1) * plan.n_trials)
-        betas = staged.read(trials)[:, keep]
-        writer.append(betas)
-        index = np.zeros(plan.n_trials, dtype=np.int64)
-        for which, use in (("train", plan.train[trials]), ("all", np.ones(len(trials), bool))):
-            mean, std = session_statistics(betas, index, use, BETA_SCALE)
-            result[which][0][row], result[which][1][row] = mean[0], std[0]
-    return result
-
-
 def _write_voxels(
     plan: _Plan,
-    staged: RowFile,
     keep: np.ndarray,
     statistics: tuple[np.ndarray, np.ndarray],
     counts: dict[str, int],
@@ -330,7 +331,7 @@ def _write_voxels(
     """Write places and noise ceilings of the valid voxels."""
     indices = np.argwhere(plan.mask)[keep]
     places = indices @ plan.affine[:3, :3].T + plan.affine[:3, 3]
-    ncsnr, facts = _ncsnr(plan, staged, keep, statistics)
+    ncsnr, facts = _ncsnr(plan, writer, statistics)
     columns = dict(zip("ijk", indices.T, strict=True)) | dict(zip("xyz", places.T, strict=True))
     columns["ncsnr"] = ncsnr
     path = plan.tree.betas_folder(plan.subject, plan.version) / "ncsnr.nii.gz"
@@ -353,12 +354,9 @@ def _write_voxels(
 
 
 def _ncsnr(
-    plan: _Plan,
-    staged: RowFile,
-    keep: np.ndarray,
-    statistics: tuple[np.ndarray, np.ndarray],
+    plan: _Plan, writer: StoreWriter, statistics: tuple[np.ndarray, np.ndarray]
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """Recompute ncsnr as NSD does, some images at a time.
+    """Recompute ncsnr as NSD does from the betas written so far, some images at a time.
 
     Returns
     -------
@@ -367,26 +365,27 @@ def _ncsnr(
         many repeats they have (0: mixed).
     """
     mean, std = statistics
+    n_voxels = mean.shape[1]
     groups = repeat_groups(plan.image_ids)
     if len(groups.get(3, ())) >= NCSNR_MIN_IMAGES:
         groups = {3: groups[3]}
-    accumulator = RepeatAccumulator(int(keep.sum()))
+    noise = NoiseAccumulator(n_voxels)
     session_index = plan.session_index
     for k, trials in groups.items():
         if k < 2:
             continue
-        block = max(1, _BLOCK_BYTES // (8 * k * keep.size))
+        block = max(1, _BLOCK_BYTES // (8 * k * n_voxels))
         starts = range(0, len(trials), block)
-        for start in track(starts, f"noise ceiling, {k} repeats") if len(starts) > 8 else starts:
+        for start in track(starts, f"noise ceiling, {k} repeats"):
             part = trials[start : start + block]
-            rows = session_index[part.ravel()]
-            values = staged.read(part.ravel())[:, keep].astype(np.float32)
-            values = (values / np.float32(BETA_SCALE) - mean[rows]) / std[rows]
-            accumulator.update(values.reshape(*part.shape, -1))
-    noise = accumulator.noise_variance
-    repeats = 3 if set(groups) == {3} else 0
-    facts = {"ncsnr_images": accumulator.n_images, "ncsnr_repeats": repeats}
-    return ncsnr_from_variances(1 - noise, noise), facts
+            values = writer.read(part.ravel()).astype(np.float32)
+            values /= np.float32(BETA_SCALE)
+            for row, session in zip(values, session_index[part.ravel()], strict=True):
+                row -= mean[session]
+                row /= std[session]
+            noise.update(values.reshape(*part.shape, -1))
+    facts = {"ncsnr_images": noise.n_images, "ncsnr_repeats": 3 if set(groups) == {3} else 0}
+    return ncsnr_from_variances(1 - noise.variance, noise.variance), facts
 
 
 def _ranges(numbers: list[int]) -> str:

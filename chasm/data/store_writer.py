@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,6 +29,7 @@ from chasm.io import atomic_path
 
 _DTYPES = {"session": np.int16, "run": np.int16, "image_id": np.int64, "repeat": np.int16}
 _INDEX_FIELDS = ("i", "j", "k")
+_BLOCK_BYTES = 16 << 20
 
 
 class StoreWriter:
@@ -55,18 +58,21 @@ class StoreWriter:
         self._dtype = np.dtype(dtype)
         self._scale = float(scale)
         self._stack = ExitStack()
-        self._row = 0
-        self._hash = hashlib.sha256()
 
     def __enter__(self) -> StoreWriter:
         self._temporary = self._stack.enter_context(atomic_path(self._target))
+        self._create()
+        return self
+
+    def _create(self) -> None:
+        """Begin a file of the present shape."""
+        self._row, self._hash = 0, hashlib.sha256()
         self._file = self._stack.enter_context(
             h5py.File(self._temporary, "w", alignment_threshold=4096, alignment_interval=4096)
         )
         self._betas = self._file.create_dataset("betas", shape=self._shape, dtype=self._dtype)
         self._betas.attrs["scale"] = self._scale
         self._file.create_group("rois")
-        return self
 
     def __exit__(
         self,
@@ -93,6 +99,39 @@ class StoreWriter:
         self._betas[self._row : self._row + len(rows)] = rows
         self._hash.update(rows.data)
         self._row += len(rows)
+
+    def read(self, trials: np.ndarray) -> np.ndarray:
+        """Read appended trials by index: (n, voxels); runs of neighbours are read at once."""
+        self._file.flush()
+        result = np.empty((len(trials), self._shape[1]), self._dtype)
+        with self._temporary.open("rb", buffering=0) as file:
+            _read_rows(file.fileno(), self._betas.id.get_offset() or 0, trials, result)
+        return result
+
+    def keep(self, voxels: np.ndarray) -> None:
+        """Leave voxels out of the trials appended so far and of all that is written from now on.
+
+        Parameters
+        ----------
+        voxels
+            (voxels,) bool, those to keep. The file is written anew unless it is all of them.
+        """
+        if voxels.all():
+            return
+        before, columns, n_rows = self._shape[1], np.flatnonzero(voxels), self._row
+        offset = self._betas.id.get_offset() or 0
+        self._file.close()
+        with self._temporary.open("rb", buffering=0) as old:
+            # The old content stays readable by its handle, and goes with it.
+            self._temporary.unlink()
+            self._shape = (self._shape[0], len(columns))
+            self._create()
+            block = max(1, _BLOCK_BYTES // (before * self._dtype.itemsize))
+            for start in range(0, n_rows, block):
+                trials = np.arange(start, min(start + block, n_rows))
+                rows = np.empty((len(trials), before), self._dtype)
+                _read_rows(old.fileno(), offset, trials, rows)
+                self.append(np.take(rows, columns, axis=1))
 
     def write_trials(self, **columns: np.ndarray) -> None:
         """Write `session` (1-based), `run`, `image_id` and `repeat` (0-based), each (trials,)."""
@@ -175,6 +214,21 @@ class StoreWriter:
         for name in [f"trials/{n}" for n in TRIAL_FIELDS] + [f"voxels/{n}" for n in VOXEL_FIELDS]:
             self._hash.update(np.ascontiguousarray(self._file[name][:]).data)
         return self._hash.hexdigest()[:32]
+
+
+def _read_rows(handle: int, offset: int, indices: np.ndarray, rows: np.ndarray) -> None:
+    """Fill `rows` (n, width) with the rows of a file that begin at `offset`, by index."""
+    width = rows.shape[1] * rows.itemsize
+    breaks = np.flatnonzero(np.diff(indices) != 1) + 1
+    edges = [0, *breaks.tolist(), len(indices)]
+    for first, last in pairwise(edges if len(indices) else []):
+        view = rows[first:last].data.cast("B")
+        place = offset + int(indices[first]) * width
+        while view:
+            n_read = os.preadv(handle, [view], place)
+            if not n_read:
+                raise EOFError(f"the file ends before row {indices[last - 1]}")
+            view, place = view[n_read:], place + n_read
 
 
 def _chasm_version() -> str:

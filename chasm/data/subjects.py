@@ -86,8 +86,8 @@ class SubjectsDataModule(L.LightningDataModule):
         return [self._of(part).val_dataloader() for part in self.parts.values()]
 
     def _of(self, part: NSDDataModule) -> NSDDataModule:
-        """Let a subject's data module know the trainer, and with it the processes."""
-        part.trainer = self.trainer
+        """Let a subject's data module know the trainer and how many are beside it."""
+        part.trainer, part.n_beside = self.trainer, len(self.parts)
         return part
 
     def on_after_batch_transfer(

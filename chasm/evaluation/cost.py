@@ -3,7 +3,8 @@
 Operations are those of torch's `FlopCounterMode` (matrix products and convolutions, a multiply
 and an add counting two, element-wise work not counted). Two things it cannot see are put right:
 kernels that torch fuses (recurrent layers, attention) run unfused while they are counted, and a
-Mamba layer has the analytic count of `mamba_flops`, whichever scan runs it.
+Mamba or Mamba-2 layer has the analytic count of `mamba_flops` or `mamba2_flops`, whichever scan
+runs it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from chasm.data.datamodule import DataSizes
 from chasm.errors import DataError
 from chasm.io import write_json
 from chasm.models.mamba import Mamba
+from chasm.models.mamba2 import Mamba2
 from chasm.training.checkpoints import load_module
 
 BATCH_SIZE = 32
@@ -87,6 +89,31 @@ def mamba_flops(layer: Mamba, batch: int, tokens: int) -> int:
     return batch * tokens * inner * (2 * products + 6 * states + 4)
 
 
+def mamba2_flops(layer: Mamba2, batch: int, tokens: int) -> int:
+    """Operations of a Mamba-2 layer: projections, causal convolution, scan, gate.
+
+    With I inner channels, H heads, N states, K taps and M = 2 N per group for the two maps of the
+    state, every token takes
+
+        2 d (3 I + M + H) + 2 K (I + M)  +  I (5 N + 4) + H
+
+    The last two terms are the scan as a recurrence, counted as in `mamba_flops`, with a decay per
+    head instead of one per channel and state. The matrix products that compute it chunk by chunk
+    take more; norms count nothing.
+
+    Parameters
+    ----------
+    layer
+        The layer.
+    batch, tokens
+        Sequences and their length.
+    """
+    inner, states, heads = layer.d_inner, layer.d_state, layer.nheads
+    maps = 2 * layer.ngroups * states
+    products = layer.d_model * (3 * inner + maps + heads) + layer.d_conv * (inner + maps)
+    return batch * tokens * (2 * products + inner * (5 * states + 4) + heads)
+
+
 def count_flops(model: nn.Module, *inputs: Any) -> int:
     """Operations of one call of a model; see the module for what counts.
 
@@ -126,7 +153,7 @@ def _unfused() -> Iterator[None]:
 
 @contextmanager
 def _analytic_mamba(model: nn.Module, counter: FlopCounterMode) -> Iterator[list[int]]:
-    """Collect, for every call of a Mamba layer, its analytic count minus what was counted."""
+    """Collect, for every call of such a layer, its analytic count minus what was counted."""
     corrections: list[int] = []
     before: list[int] = []
 
@@ -134,14 +161,17 @@ def _analytic_mamba(model: nn.Module, counter: FlopCounterMode) -> Iterator[list
         before.append(counter.get_total_flops())
 
     def leave(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        assert isinstance(layer, Mamba)
+        assert isinstance(layer, Mamba | Mamba2)
         batch, tokens, _ = inputs[0].shape
         counted = counter.get_total_flops() - before.pop()
-        corrections.append(mamba_flops(layer, batch, tokens) - counted)
+        if isinstance(layer, Mamba):
+            corrections.append(mamba_flops(layer, batch, tokens) - counted)
+        else:
+            corrections.append(mamba2_flops(layer, batch, tokens) - counted)
 
     handles = []
     for layer in model.modules():
-        if isinstance(layer, Mamba):
+        if isinstance(layer, Mamba | Mamba2):
             handles.append(layer.register_forward_pre_hook(enter))
             handles.append(layer.register_forward_hook(leave))
     try:

@@ -33,6 +33,7 @@ SCALES, ORIENTATIONS = 5, 6
 TEXTURE_SCALES, TEXTURE_ORIENTATIONS = 4, 4
 HALF_CONTRAST = 0.02
 """Amplitude (image range 1) at which the contrast compression log(1 + a/h) bends."""
+_AT_ONCE = 8
 
 OPPONENT = torch.tensor([[1 / 3, 1 / 3, 1 / 3], [1.0, -1.0, 0.0], [0.5, 0.5, -1.0]])
 """Luminance, red-green and yellow-blue as mixtures of R, G and B."""
@@ -114,6 +115,12 @@ class PyramidBackbone(Backbone):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tokens:
         """Return CLS (images, 1, 725) and patch tokens (images, patches, 36)."""
+        # On the CPU a few images at a time, whose spectra stay in its cache.
+        step = _AT_ONCE if images.device.type == "cpu" else len(images)
+        parts = [self._tokens(part) for part in images.split(step)]
+        return Tokens(*(torch.cat(tokens) for tokens in zip(*parts, strict=True)))
+
+    def _tokens(self, images: Tensor) -> Tokens:
         patches = torch.cat([self._energies(images), self._colours(images)], dim=-1)
         dithered = images + self.dither
         cls = torch.cat([self._texture(dithered), self._colour_moments(dithered)], dim=-1)

@@ -25,8 +25,8 @@ from chasm.models.scan_arguments import (
     part_length,
 )
 
-_BLOCK = 2**17
-"""Numbers in the state of a block of rows: half a megabyte of float32, which fits a CPU's cache."""
+_BLOCK = 2**18
+"""Numbers in the state of a block of rows: a megabyte of float32, which fits a CPU's caches."""
 
 
 class _Sequence(NamedTuple):
@@ -147,7 +147,7 @@ class CheckpointedScan:
         return ScanGradients(
             g.u,
             g.delta,
-            g.At.sum(0).T.to(x.A.dtype),
+            g.At.sum(0).T.to(x.A.dtype).contiguous(),
             g.B,
             g.C,
             None if x.D is None else g.D.sum(0).to(x.D.dtype),

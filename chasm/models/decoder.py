@@ -51,6 +51,9 @@ class VoxelDecoder(TokenModel):
     title = "stage 2"
     """Name of the row in tables."""
 
+    reads_patches = True
+    """Whether single patches matter: where False, their mean, (images, 1, width), does as well."""
+
     def __init__(
         self,
         cls_width: int,
@@ -77,7 +80,7 @@ class VoxelDecoder(TokenModel):
         cls
             (images, n_cls, cls_width), any floating dtype.
         patches
-            (images, n_patches, patch_width), any floating dtype.
+            (images, n_patches, patch_width), any floating dtype; see `reads_patches`.
         parcels
             (images, parcels), what Stage 1 predicts.
         generator

@@ -1,4 +1,4 @@
-"""Mamba layers and residual blocks.
+"""Mamba layers, and residual blocks around them or Mamba-2 layers.
 
 Parameter names, shapes and initial values are those of ``mamba_ssm.Mamba`` (Gu and Dao 2023), so
 that state dicts go both ways. On CUDA its fused kernel is used when the package is installed.
@@ -14,8 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from chasm.errors import ConfigError
 from chasm.models.checks import check_choice
-from chasm.models.scan import optional_module, resolve_backend, selective_scan
+from chasm.models.convolution import at_least_float32, causal_convolution
+from chasm.models.cuda_packages import Block, mamba1_layer
+from chasm.models.mamba2 import Mamba2, default_headdim
+from chasm.models.scan import resolve_backend, selective_scan
 
 Direction = Literal["forward", "alternate"]
 """Of a stack of blocks, see `mamba_blocks`."""
@@ -92,12 +96,12 @@ class Mamba(nn.Module):
             (batch, tokens, d_model).
         """
         xz = self.in_proj(x)
-        A = -torch.exp(self.A_log.float())
+        A = -torch.exp(at_least_float32(self.A_log))
         fused = fused_kernel(x.device, self.scan)
         if fused is not None:
             return self._fused(fused, xz, A)
         u, z = xz.chunk(2, dim=-1)
-        u = F.silu(self._convolve(u))
+        u = causal_convolution(u, self.conv1d.weight, self.conv1d.bias)
         delta, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         y = selective_scan(
             u.mT,
@@ -105,21 +109,13 @@ class Mamba(nn.Module):
             A,
             B.mT,
             C.mT,
-            self.D.float(),
+            at_least_float32(self.D),
             z=z.mT,
-            delta_bias=self.dt_proj.bias.float(),
+            delta_bias=at_least_float32(self.dt_proj.bias),
             delta_softplus=True,
             backend=self.scan,
         )
         return self.out_proj(y.mT)
-
-    def _convolve(self, u: Tensor) -> Tensor:
-        """Causal depthwise convolution over (batch, tokens, channels), tap by tap."""
-        taps = self.conv1d.weight[:, 0]
-        y = u * taps[:, -1]
-        for lag in range(1, min(self.d_conv, u.shape[1])):
-            y = y + F.pad(u[:, :-lag], (0, 0, lag, 0)) * taps[:, -1 - lag]
-        return y if self.conv1d.bias is None else y + self.conv1d.bias
 
     def _fused(self, kernel: Callable[..., Tensor], xz: Tensor, A: Tensor) -> Tensor:
         return kernel(
@@ -149,10 +145,7 @@ def fused_kernel(device: torch.device, scan: str = "auto") -> Callable[..., Any]
     ConfigError
         If the back end `scan` is unknown or cannot run on `device`.
     """
-    if resolve_backend(device, scan) != "mamba_ssm" or optional_module("causal_conv1d") is None:
-        return None
-    interface = optional_module("mamba_ssm.ops.selective_scan_interface")
-    return getattr(interface, "mamba_inner_fn", None)
+    return mamba1_layer() if resolve_backend(device, scan) == "mamba_ssm" else None
 
 
 class ResidualMamba(nn.Module):
@@ -163,7 +156,7 @@ class ResidualMamba(nn.Module):
     Parameters
     ----------
     d_model, d_state, d_conv, expand, scan
-        See `Mamba`.
+        See `Mamba` and `Mamba2`.
     dropout
         Of the branch.
     norm
@@ -174,6 +167,15 @@ class ResidualMamba(nn.Module):
         Whether the layer runs from the last token to the first.
     full_precision
         Whether the layer runs in float32 under autocast.
+    block
+        "mamba" or "mamba2", the layer.
+    headdim
+        Channels per head of Mamba-2; None for `default_headdim`.
+
+    Raises
+    ------
+    ConfigError
+        If `block` is unknown, or `headdim` does not divide the channels or is not for the block.
     """
 
     def __init__(
@@ -188,10 +190,22 @@ class ResidualMamba(nn.Module):
         reverse: bool = False,
         full_precision: bool = True,
         scan: str = "auto",
+        block: Block = "mamba",
+        headdim: int | None = None,
     ) -> None:
         super().__init__()
+        check_choice("block", block, ("mamba", "mamba2"))
+        if block == "mamba" and headdim is not None:
+            raise ConfigError(
+                "model:headdim", "is an option of Mamba-2", "Leave it out, or set block to mamba2."
+            )
         self.norm = nn.LayerNorm(d_model) if norm else nn.Identity()
-        self.mamba = Mamba(d_model, d_state, d_conv, expand, scan=scan)
+        self.mamba: Mamba | Mamba2
+        if block == "mamba":
+            self.mamba = Mamba(d_model, d_state, d_conv, expand, scan=scan)
+        else:
+            headdim = default_headdim(expand * d_model) if headdim is None else headdim
+            self.mamba = Mamba2(d_model, d_state, d_conv, expand, headdim, scan=scan)
         self.dropout = nn.Dropout(dropout)
         self.clamp = clamp
         self.reverse = reverse
@@ -244,7 +258,7 @@ def mamba_blocks(
     Raises
     ------
     ConfigError
-        If `direction` is unknown.
+        If `direction` or an option of the blocks is not valid.
     """
     check_choice("direction", direction, ("forward", "alternate"))
     backward = direction == "alternate"

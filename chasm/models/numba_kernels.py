@@ -19,7 +19,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,10 @@ _E1, _E2, _E3, _E4, _E5, _E6 = (
     np.float32(math.log(2) ** k / math.factorial(k)) for k in range(1, 7)
 )
 _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8 = (np.float32(2 / (2 * k + 1)) for k in range(8))
+
+
+# mypy: disable-error-code="call-arg"
+# (An intrinsic's first parameter, the typing context, is not given by those who call it.)
 
 
 @intrinsic
@@ -62,6 +66,20 @@ def _two_to(_: Any, whole: Any) -> Any:
     return types.float32(types.float32), generate
 
 
+@intrinsic
+def _stack(_: Any, like: Any, count: Any) -> Any:
+    """Take room for `count` numbers of an array's dtype on the stack, until the kernel ends.
+
+    The compiler knows that nothing else points there, and leaves out its checks for that.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        number = context.get_data_type(signature.args[0].dtype)
+        return builder.alloca(number, size=arguments[1])
+
+    return types.CPointer(like.dtype)(like, types.intp), generate
+
+
 def _exp2(x: Any) -> Any:
     """2 ** x."""
     return 2.0**x
@@ -71,7 +89,7 @@ def _exp2_narrow(x: Any) -> Any:
     """Taylor's polynomial on [-.5, .5] and an exponent, within 2e-7; vectorises."""
     x = _LOWEST if x < _LOWEST else x
     x = _HIGHEST if x > _HIGHEST else x
-    whole: Any = _nearest(x)  # type: ignore[call-arg]
+    whole: Any = _nearest(x)
     f = x - whole
     p = (((_E6 * f + _E5) * f + _E4) * f + _E3) * f + _E2
     return ((p * f + _E1) * f + _ONE) * _two_to(whole)
@@ -101,35 +119,56 @@ def _choose_log1p(x: Any) -> Any:
 
 
 @njit
-def _load(values: Any, b: int, t: int, first: int, width: int, row: Any) -> None:
-    """Take a few channels of one step."""
-    for i in range(width):
-        row[i] = values[b, t, first + i]
+def _load(values: Any, b: int, start: int, count: int, first: int, width: int, rows: Any) -> None:
+    """Take a few channels of some steps."""
+    for k in range(count):
+        # An index that could be negative keeps a loop from being vectorised; a part of it cannot.
+        row, source = rows[k], values[b, start + k, first : first + width]
+        for i in range(width):
+            row[i] = source[i]
 
 
 @njit
-def _store(row: Any, values: Any, b: int, t: int, first: int, width: int) -> None:
-    for i in range(width):
-        values[b, t, first + i] = row[i]
+def _store(rows: Any, values: Any, b: int, start: int, count: int, first: int, width: int) -> None:
+    for k in range(count):
+        row, target = rows[k], values[b, start + k, first : first + width]
+        for i in range(width):
+            target[i] = row[i]
 
 
 @njit
-def _step_sizes(raw: Any, step: Any, softplus: bool) -> None:
+def _step_sizes(raw: Any, step: Any, width: int, softplus: bool) -> None:
     """Give the step sizes of a row of `delta` plus bias."""
     number = raw.dtype.type
     if softplus:
-        for i in range(raw.size):
+        for i in range(width):
             small = _exp2(-abs(raw[i]) * number(LOG2_E))
             step[i] = max(raw[i], number(0)) + _log1p(small)
     else:
-        for i in range(raw.size):
+        for i in range(width):
             step[i] = raw[i]
 
 
 @njit
-def _sigmoid(row: Any, result: Any) -> None:
+def _steps_and_slopes(raw: Any, step: Any, width: int, softplus: bool) -> None:
+    """Give the step sizes of a row of `delta` plus bias, which makes way for their derivative."""
+    number = raw.dtype.type
+    if softplus:
+        for i in range(width):
+            small = _exp2(-abs(raw[i]) * number(LOG2_E))
+            share = number(1) / (number(1) + small)
+            step[i] = max(raw[i], number(0)) + _log1p(small)
+            raw[i] = share if raw[i] >= number(0) else small * share
+    else:
+        for i in range(width):
+            step[i] = raw[i]
+            raw[i] = number(1)
+
+
+@njit
+def _sigmoid(row: Any, result: Any, width: int) -> None:
     number = row.dtype.type
-    for i in range(row.size):
+    for i in range(width):
         small = _exp2(-abs(row[i]) * number(LOG2_E))
         share = number(1) / (number(1) + small)
         result[i] = share if row[i] >= number(0) else small * share
@@ -140,49 +179,48 @@ def _forward(
     softplus: bool, gated: bool, y: Any, kept: Any, length: int, b: int, first: int, last: int,
 ) -> None:  # fmt: skip
     """Scan channels first..last of one batch element; sequences are (batch, time, channels)."""
-    number = rate.dtype.type
     n_states, n_steps = rate.shape[0], u.shape[1]
     keep = kept.shape[1] > 0
-    states = np.empty((n_states, LANES), rate.dtype)
-    rates = np.zeros((n_states, LANES), rate.dtype)
-    rows = np.zeros((9, LANES), rate.dtype)
-    x, raw, step, drive, total, gate, share = (
-        rows[0], rows[1], rows[2], rows[3], rows[4], rows[5], rows[6]
-    )  # fmt: skip
-    biases, skip = rows[7], rows[8]
+    states = carray(_stack(rate, n_states * LANES), (n_states, LANES))
+    rates = carray(_stack(rate, n_states * LANES), (n_states, LANES))
+    tiles = np.empty((4, length, LANES), rate.dtype)
+    xs, raws, gates, totals = tiles[0], tiles[1], tiles[2], tiles[3]
+    step = carray(_stack(rate, LANES), (LANES,))
+    drive = carray(_stack(rate, LANES), (LANES,))
+    share = carray(_stack(rate, LANES), (LANES,))
     for d in range(first, last, LANES):
         width = min(LANES, last - d)
-        rows[:] = number(0)
-        states[:] = number(0)
-        for i in range(width):
-            biases[i], skip[i] = bias[d + i], D[d + i]
-            for n in range(n_states):
-                rates[n, i] = rate[n, d + i]
-        for t in range(n_steps):
-            if keep and t % length == 0:
-                for n in range(n_states):
-                    for i in range(width):
-                        kept[b, t // length, n, d + i] = states[n, i]
-            _load(u, b, t, d, width, x)
-            _load(delta, b, t, d, width, raw)
-            for i in range(width):
-                raw[i] += biases[i]
-            _step_sizes(raw, step, softplus)
-            for i in range(width):
-                drive[i] = step[i] * x[i]
-                total[i] = skip[i] * x[i]
-            for n in range(n_states):
-                into, out = B[b, t, n], C[b, t, n]
-                for i in range(width):
-                    state = _exp2(step[i] * rates[n, i]) * states[n, i] + into * drive[i]
-                    states[n, i] = state
-                    total[i] += out * state
+        states[:] = rate.dtype.type(0)
+        rates[:, :width] = rate[:, d : d + width]
+        skip, offset = D[d : d + width], bias[d : d + width]
+        for start in range(0, n_steps, length):
+            count = min(length, n_steps - start)
+            if keep:
+                kept[b, start // length, :, d : d + width] = states[:, :width]
+            _load(u, b, start, count, d, width, xs)
+            _load(delta, b, start, count, d, width, raws)
             if gated:
-                _load(z, b, t, d, width, gate)
-                _sigmoid(gate, share)
+                _load(z, b, start, count, d, width, gates)
+            for k in range(count):
+                x, raw, gate, total = xs[k], raws[k], gates[k], totals[k]
                 for i in range(width):
-                    total[i] *= gate[i] * share[i]
-            _store(total, y, b, t, d, width)
+                    raw[i] += offset[i]
+                    total[i] = skip[i] * x[i]
+                _step_sizes(raw, step, width, softplus)
+                for i in range(width):
+                    drive[i] = step[i] * x[i]
+                for n in range(n_states):
+                    into, out = B[b, start + k, n], C[b, start + k, n]
+                    slow, state = rates[n], states[n]
+                    for i in range(width):
+                        now = _exp2(step[i] * slow[i]) * state[i] + into * drive[i]
+                        state[i] = now
+                        total[i] += out * now
+                if gated:
+                    _sigmoid(gate, share, width)
+                    for i in range(width):
+                        total[i] *= gate[i] * share[i]
+            _store(totals, y, b, start, count, d, width)
 
 
 def _backward(
@@ -199,108 +237,99 @@ def _backward(
     number = rate.dtype.type
     zero, one, ln_2 = number(0), number(1), number(_LN_2)
     n_states, n_steps = rate.shape[0], u.shape[1]
-    states = np.zeros((length + 1, n_states, LANES), rate.dtype)
-    decays = np.zeros((length, n_states, LANES), rate.dtype)
-    rates = np.zeros((n_states, LANES), rate.dtype)
-    carry = np.zeros((n_states, LANES), rate.dtype)
-    sums = np.zeros((n_states, LANES), rate.dtype)
-    steps = np.zeros((length, 3, LANES), rate.dtype)
-    rows = np.zeros((13, LANES), rate.dtype)
-    biases, skip, gate, share, dy, dstep, ddrive, total, dskip, dbiases, slope, own, through = (
-        rows[0], rows[1], rows[2], rows[3], rows[4], rows[5],
-        rows[6], rows[7], rows[8], rows[9], rows[10], rows[11], rows[12],
-    )  # fmt: skip
+    states = np.empty((length + 1, n_states, LANES), rate.dtype)
+    decays = np.empty((length, n_states, LANES), rate.dtype)
+    tiles = np.empty((5, length, LANES), rate.dtype)
+    xs, raws, steps, gates, grads = tiles[0], tiles[1], tiles[2], tiles[3], tiles[4]
+    rates = carray(_stack(rate, n_states * LANES), (n_states, LANES))
+    carry = carray(_stack(rate, n_states * LANES), (n_states, LANES))
+    sums = carray(_stack(rate, n_states * LANES), (n_states, LANES))
+    share = carray(_stack(rate, LANES), (LANES,))
+    dstep = carray(_stack(rate, LANES), (LANES,))
+    ddrive = carray(_stack(rate, LANES), (LANES,))
+    total = carray(_stack(rate, LANES), (LANES,))
+    own = carray(_stack(rate, LANES), (LANES,))
+    slope = carray(_stack(rate, LANES), (LANES,))
     for d in range(first, last, LANES):
         width = min(LANES, last - d)
-        rows[:] = zero
-        steps[:] = zero
-        rates[:] = zero
         carry[:] = zero
         sums[:] = zero
-        states[0] = zero
-        for i in range(width):
-            biases[i], skip[i] = bias[d + i], D[d + i]
-            for n in range(n_states):
-                rates[n, i] = rate[n, d + i]
+        rates[:, :width] = rate[:, d : d + width]
+        skip, offset = D[d : d + width], bias[d : d + width]
+        of_skip, of_offset = dD[d : d + width], dbias[d : d + width]
         for part in range((n_steps - 1) // length, -1, -1):
             start = part * length
             count = min(length, n_steps - start)
-            for n in range(n_states):
-                for i in range(width):
-                    states[0, n, i] = kept[b, part, n, d + i]
+            states[0, :, :width] = kept[b, part, :, d : d + width]
+            _load(u, b, start, count, d, width, xs)
+            _load(delta, b, start, count, d, width, raws)
+            _load(grad, b, start, count, d, width, grads)
+            if gated:
+                _load(z, b, start, count, d, width, gates)
             for k in range(count):
-                x, raw, step = steps[k, 0], steps[k, 1], steps[k, 2]
-                _load(u, b, start + k, d, width, x)
-                _load(delta, b, start + k, d, width, raw)
+                x, raw, step = xs[k], raws[k], steps[k]
                 for i in range(width):
-                    raw[i] += biases[i]
-                _step_sizes(raw, step, softplus)
+                    raw[i] += offset[i]
+                _steps_and_slopes(raw, step, width, softplus)
                 for i in range(width):
                     own[i] = step[i] * x[i]
                 for n in range(n_states):
                     into = B[b, start + k, n]
+                    slow, decay = rates[n], decays[k, n]
+                    before, after = states[k, n], states[k + 1, n]
                     for i in range(width):
-                        decay = _exp2(step[i] * rates[n, i])
-                        decays[k, n, i] = decay
-                        states[k + 1, n, i] = decay * states[k, n, i] + into * own[i]
+                        now = _exp2(step[i] * slow[i])
+                        decay[i] = now
+                        after[i] = now * before[i] + into * own[i]
             for k in range(count - 1, -1, -1):
                 t = start + k
-                x, raw, step = steps[k, 0], steps[k, 1], steps[k, 2]
-                _load(grad, b, t, d, width, dy)
+                x, raw, step, gate, dy = xs[k], raws[k], steps[k], gates[k], grads[k]
                 if gated:
                     for i in range(width):
                         total[i] = skip[i] * x[i]
                     for n in range(n_states):
-                        out = C[b, t, n]
+                        out, after = C[b, t, n], states[k + 1, n]
                         for i in range(width):
-                            total[i] += out * states[k + 1, n, i]
-                    _load(z, b, t, d, width, gate)
-                    _sigmoid(gate, share)
+                            total[i] += out * after[i]
+                    _sigmoid(gate, share, width)
                     for i in range(width):
                         slope[i] = share[i] * (one + gate[i] * (one - share[i]))
                         slope[i] *= total[i] * dy[i]
                         dy[i] *= gate[i] * share[i]
-                    _store(slope, dz, b, t, d, width)
+                        gate[i] = slope[i]
                 for i in range(width):
                     own[i] = step[i] * x[i]
                     dstep[i] = zero
                     ddrive[i] = zero
                 for n in range(n_states):
                     into, out = B[b, t, n], C[b, t, n]
+                    slow, decay, back, of_rate = rates[n], decays[k, n], carry[n], sums[n]
+                    before, after = states[k, n], states[k + 1, n]
                     of_into, of_out = zero, zero
                     for i in range(width):
-                        of_out += dy[i] * states[k + 1, n, i]
-                    for i in range(width):
-                        now = carry[n, i] + out * dy[i]
-                        carry[n, i] = now
+                        of_out += dy[i] * after[i]
+                        now = back[i] + out * dy[i]
                         of_into += own[i] * now
                         ddrive[i] += into * now
-                    for i in range(width):
-                        now = carry[n, i] * decays[k, n, i]
-                        carry[n, i] = now
-                        through[i] = now * states[k, n, i]
-                    for i in range(width):
-                        sums[n, i] += through[i] * step[i]
-                        dstep[i] += through[i] * rates[n, i]
+                        now *= decay[i]
+                        back[i] = now
+                        through = now * before[i]
+                        of_rate[i] += through * step[i]
+                        dstep[i] += through * slow[i]
                     dB[t, n] += of_into
                     dC[t, n] += of_out
                 for i in range(width):
                     dstep[i] = dstep[i] * ln_2 + ddrive[i] * x[i]
-                    ddrive[i] = ddrive[i] * step[i] + skip[i] * dy[i]
-                    dskip[i] += dy[i] * x[i]
-                if softplus:
-                    _sigmoid(raw, share)
-                    for i in range(width):
-                        dstep[i] *= share[i]
-                for i in range(width):
-                    dbiases[i] += dstep[i]
-                _store(ddrive, du, b, t, d, width)
-                _store(dstep, ddelta, b, t, d, width)
-        for i in range(width):
-            dD[d + i] += dskip[i]
-            dbias[d + i] += dbiases[i]
-            for n in range(n_states):
-                dA[n, d + i] += sums[n, i]
+                    of_skip[i] += dy[i] * x[i]
+                    x[i] = ddrive[i] * step[i] + skip[i] * dy[i]
+                    raw[i] *= dstep[i]
+                    of_offset[i] += raw[i]
+            # The inputs of a step have made way for their gradients.
+            _store(xs, du, b, start, count, d, width)
+            _store(raws, ddelta, b, start, count, d, width)
+            if gated:
+                _store(gates, dz, b, start, count, d, width)
+        dA[:, d : d + width] += sums[:, :width]
 
 
 @cache
@@ -315,9 +344,10 @@ def compiled(name: str, dtype: torch.dtype) -> Callable[..., None]:
         float32 or float64.
     """
     number: Any = {torch.float32: types.float32, torch.float64: types.float64}[dtype]
-    sequence, matrix, vector = number[:, :, :], number[:, ::1], number[::1]
+    sequence, strided = number[:, :, ::1], number[:, :, :]
+    matrix, vector = number[:, ::1], number[::1]
     kept, index, flag = number[:, :, :, ::1], types.intp, types.boolean
-    inputs = (sequence, sequence, matrix, sequence, sequence, vector, vector, sequence, flag, flag)
+    inputs = (sequence, sequence, matrix, strided, strided, vector, vector, strided, flag, flag)
     place = (index, index, index)
     function: Any = {"forward": _forward, "backward": _backward}[name]
     if name == "forward":

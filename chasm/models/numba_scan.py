@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -22,7 +23,6 @@ from chasm.models.scan_arguments import (
     ScanArguments,
     ScanGradients,
     accumulation_dtype,
-    empty_sequence,
     n_parts,
     part_length,
 )
@@ -38,8 +38,8 @@ class NumbaScan:
         """Scan; see `ScanKernel.forward`."""
         batch, channels, n_steps = x.u.shape
         dtype, states = accumulation_dtype(x.u), x.A.shape[1]
-        y = empty_sequence(x.u, dtype)
-        kept = torch.empty(batch, n_parts(n_steps) if keep else 0, states, channels, dtype=dtype)
+        y = _empty(batch, n_steps, channels, dtype=dtype).mT
+        kept = _empty(batch, n_parts(n_steps) if keep else 0, states, channels, dtype=dtype)
         kernel, inputs = compiled("forward", dtype), _inputs(x, dtype)
         rows = y.mT.numpy(), kept.numpy(), part_length(n_steps)
 
@@ -53,15 +53,15 @@ class NumbaScan:
         """Give the gradients; see `ScanKernel.backward`."""
         batch, channels, n_steps = x.u.shape
         dtype, states = kept.dtype, x.A.shape[1]
-        du, ddelta = empty_sequence(x.u, dtype), empty_sequence(x.u, dtype)
-        dz = empty_sequence(x.u if x.z is not None else x.u[:1, :1, :1], dtype)
+        du, ddelta = (_empty(batch, n_steps, channels, dtype=dtype).mT for _ in range(2))
+        dz = _empty(*((1, 1, 1) if x.z is None else (batch, n_steps, channels)), dtype=dtype).mT
         n_groups = _groups(batch, channels)
         dB = torch.zeros(n_groups, batch, n_steps, states, dtype=dtype)
         dC = torch.zeros_like(dB)
         dA = torch.zeros(batch, states, channels, dtype=dtype)
         dD, dbias = torch.zeros(2, batch, channels, dtype=dtype)
         kernel, inputs = compiled("backward", dtype), _inputs(x, dtype)
-        fixed = _array(grad, dtype), kept.numpy(), part_length(n_steps)
+        fixed = np.ascontiguousarray(_array(grad, dtype)), kept.numpy(), part_length(n_steps)
         rows, last_rows = (du.mT.numpy(), ddelta.mT.numpy()), dz.mT.numpy()
         sums = [values.numpy() for values in (dA, dB, dC, dD, dbias)]
 
@@ -75,13 +75,22 @@ class NumbaScan:
         return ScanGradients(
             du.to(x.u.dtype),
             ddelta.to(x.delta.dtype),
-            dA.sum(0).T.to(x.A.dtype),
+            dA.sum(0).T.to(x.A.dtype).contiguous(),
             dB.sum(0).mT.to(x.B.dtype),
             dC.sum(0).mT.to(x.C.dtype),
             None if x.D is None else dD.sum(0).to(x.D.dtype),
             None if x.z is None else dz.to(x.z.dtype),
             None if x.delta_bias is None else dbias.sum(0).to(x.delta_bias.dtype),
         )
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Make a tensor of NumPy's memory, for which it asks for huge pages where the system has them.
+
+    A page that is touched first costs more than what the kernel writes into it.
+    """
+    kind = {torch.float32: np.float32, torch.float64: np.float64}[dtype]
+    return torch.from_numpy(np.empty(shape, kind))
 
 
 def _array(values: Tensor, dtype: torch.dtype) -> npt.NDArray[Any]:
@@ -96,7 +105,8 @@ def _inputs(x: ScanArguments, dtype: torch.dtype) -> tuple[Any, ...]:
     skip, bias = (none if v is None else v.detach().to(dtype) for v in (x.D, x.delta_bias))
     rate = (x.A.detach().to(dtype).T * LOG2_E).contiguous()
     z = _array(x.u if x.z is None else x.z, dtype)
-    u, delta, B, C = (_array(values, dtype) for values in (x.u, x.delta, x.B, x.C))
+    u, delta = (np.ascontiguousarray(_array(values, dtype)) for values in (x.u, x.delta))
+    B, C = _array(x.B, dtype), _array(x.C, dtype)
     skips = skip.contiguous().numpy(), bias.contiguous().numpy()
     return u, delta, rate.numpy(), B, C, *skips, z, x.delta_softplus, x.z is not None
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from chasm.models.cuda_packages import Block
 from chasm.models.stage1 import DualStreamEncoder
 
 
@@ -23,7 +24,7 @@ class PublishedEncoder(DualStreamEncoder):
         See `chasm.models.encoder.ParcelEncoder`; the published code has one CLS token.
     d_model, global_blocks, local_blocks, d_state, d_conv, expand
         See `DualStreamEncoder`.
-    dropout, token_noise, d_embedding, full_precision, scan
+    dropout, token_noise, d_embedding, full_precision, scan, block, headdim
         See `DualStreamEncoder`; the defaults are those of the published configuration.
 
     Raises
@@ -50,6 +51,8 @@ class PublishedEncoder(DualStreamEncoder):
         d_embedding: int = 256,
         full_precision: bool = True,
         scan: str = "auto",
+        block: Block = "mamba",
+        headdim: int | None = None,
     ) -> None:
         super().__init__(
             cls_width,
@@ -71,6 +74,8 @@ class PublishedEncoder(DualStreamEncoder):
             d_gate=d_model,
             d_embedding=d_embedding,
             scan=scan,
+            block=block,
+            headdim=headdim,
         )
         self.contrastive.visual = _projection(d_model + d_model // 2, d_embedding)
         self.contrastive.response = _projection(n_parcels, d_embedding)

@@ -79,7 +79,7 @@ def _backward(*arguments: Any) -> list[Tensor]:
 def _fake_backward(*arguments: Any) -> list[Tensor]:
     inputs: tuple[Tensor | None, ...] = arguments[:8]
     return [
-        empty_sequence(value) if value.ndim == 3 else torch.empty_like(value)
+        empty_sequence(value) if value.ndim == 3 else value.new_empty(value.shape)
         for value in inputs
         if value is not None
     ]
@@ -87,6 +87,7 @@ def _fake_backward(*arguments: Any) -> list[Tensor]:
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.softplus, ctx.kernel, _ = inputs
+    ctx.set_materialize_grads(False)  # `kept` has none, and zeros would take as much memory again
     ctx.save_for_backward(*tensors, output[1])
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from chasm.models.checks import check_choice, check_sizes
+from chasm.models.cuda_packages import Block
 from chasm.models.encoder import ParcelEncoder, Stage1Output, normalised
 from chasm.models.mamba import Direction, ResidualMamba, mamba_blocks
 from chasm.models.readout import Readout, SpatialReadout
@@ -213,7 +214,10 @@ class DualStreamEncoder(ParcelEncoder):
     d_head, d_gate, d_contrast, d_embedding
         Hidden width of the local head, the gate and the contrastive heads; their output width.
     scan
-        Back end of the selective scan.
+        Back end of the scan.
+    block, headdim
+        Layer of the blocks, "mamba" or "mamba2", and channels per head of the latter (None: by
+        `chasm.models.mamba2.default_headdim`).
 
     Raises
     ------
@@ -247,6 +251,8 @@ class DualStreamEncoder(ParcelEncoder):
         d_contrast: int = 512,
         d_embedding: int = 256,
         scan: str = "auto",
+        block: Block = "mamba",
+        headdim: int | None = None,
     ) -> None:
         super().__init__(cls_width, n_cls, patch_width, n_patches, n_parcels, token_noise)
         check_sizes(d_model=d_model)
@@ -263,6 +269,8 @@ class DualStreamEncoder(ParcelEncoder):
             clamp=residual_clamp,
             full_precision=full_precision,
             scan=scan,
+            block=block,
+            headdim=headdim,
         )
         self.global_stream = GlobalStream(
             cls_width, n_parcels, d_model, blocks(global_blocks), dropout
@@ -284,6 +292,8 @@ class DualStreamEncoder(ParcelEncoder):
         self.contrastive = ContrastiveHeads(d_model, n_parcels, d_contrast, d_embedding)
         own = ("global_stream.head", "local_stream.head", "contrastive.response")
         self.head_names = own if gate == "image" else (*own, "gate")
+        if block == "mamba2":
+            self.title = f"{self.title} (Mamba-2)"
 
     separable = True
 

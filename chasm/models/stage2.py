@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from chasm.errors import ConfigError
 from chasm.models.checks import check_choice, check_sizes
+from chasm.models.cuda_packages import Block
 from chasm.models.decoder import Stage2Output, VoxelDecoder
 from chasm.models.latent import Latent, sample
 from chasm.models.mamba import Direction, ResidualMamba, mamba_blocks
@@ -44,15 +45,15 @@ class VisualToken(nn.Module):
         self.patches_site = Site("stage2.patches", "local")
         self.site = Site("stage2.visual")
 
-    def streams(self, cls: Tensor, patches: Tensor) -> dict[str, Tensor]:
+    def streams(self, cls: Tensor, patch: Tensor) -> dict[str, Tensor]:
         """Give both parts of the token before they are joined, by site.
 
         Parameters
         ----------
-        cls, patches
-            (images, n_cls, width) and (images, patches, width), scaled.
+        cls, patch
+            (images, n_cls, width), and the mean patch, (images, width), scaled.
         """
-        pooled = self.pool(patches.mean(1))
+        pooled = self.pool(patch)
         return {self.cls_site.name: cls.flatten(1), self.patches_site.name: pooled}
 
     def forward(self, streams: Mapping[str, Tensor]) -> Tensor:
@@ -150,7 +151,10 @@ class MambaVAE(VoxelDecoder):
     full_precision
         Whether Mamba layers run in float32 under autocast.
     scan
-        Back end of the selective scan.
+        Back end of the scan.
+    block, headdim
+        Layer of the blocks, "mamba" or "mamba2", and channels per head of the latter (None: by
+        `chasm.models.mamba2.default_headdim`).
 
     Raises
     ------
@@ -191,6 +195,8 @@ class MambaVAE(VoxelDecoder):
         residual_clamp: float | None = None,
         full_precision: bool = True,
         scan: str = "auto",
+        block: Block = "mamba",
+        headdim: int | None = None,
     ) -> None:
         super().__init__(cls_width, n_cls, patch_width, n_patches, parcellation, token_noise)
         check_sizes(d_model=d_model, d_patch=d_patch, n_queries=n_queries, rank=rank)
@@ -218,6 +224,8 @@ class MambaVAE(VoxelDecoder):
             clamp=residual_clamp,
             full_precision=full_precision,
             scan=scan,
+            block=block,
+            headdim=headdim,
         )
         self.visual = VisualToken(cls_width, n_cls, patch_width, d_patch, d_model)
         self.value = nn.Linear(1, d_model)
@@ -228,6 +236,8 @@ class MambaVAE(VoxelDecoder):
         self.latent = Latent(d_model, d_variational, d_latent) if d_latent else None
         if self.latent is None:
             self.title = "stage 2 (without VAE)"
+        if block == "mamba2":
+            self.title = f"{self.title} (Mamba-2)"
         self.holistic: HolisticDecoder | None = None
         if head != "none":
             voxels = holistic_head(head, n_queries, d_model, self.n_voxels, d_hidden, rank, dropout)
@@ -248,9 +258,11 @@ class MambaVAE(VoxelDecoder):
         if self.residual is not None:
             self.residual_site = Site("stage2.residual")
 
+    reads_patches = False
+
     def streams(self, cls: Tensor, patches: Tensor) -> dict[str, Tensor]:
         """Give the parts of the visual token; see `VoxelDecoder.streams`."""
-        return self.visual.streams(*self.scaled(cls, patches))
+        return self.visual.streams(*self.scaled_mean(cls, patches))
 
     def from_streams(
         self,
@@ -349,6 +361,7 @@ class MLPDecoder(VoxelDecoder):
     """
 
     title = "stage 2 (MLP)"
+    reads_patches = False
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from chasm.errors import ConfigError
 from chasm.models.checks import check_choice, check_sizes
+from chasm.models.cuda_packages import Block
 from chasm.models.mamba import Direction, mamba_blocks
 from chasm.models.readout import Readout
 from chasm.models.sequence import SequenceEncoder
@@ -158,7 +159,10 @@ class OneStreamMamba(SequenceEncoder):
     full_precision
         Whether Mamba layers run in float32 under autocast.
     scan
-        Back end of the selective scan.
+        Back end of the scan.
+    block, headdim
+        Layer of the blocks, "mamba" or "mamba2", and channels per head of the latter (None: by
+        `chasm.models.mamba2.default_headdim`).
 
     Raises
     ------
@@ -189,12 +193,16 @@ class OneStreamMamba(SequenceEncoder):
         residual_clamp: float | None = None,
         full_precision: bool = True,
         scan: str = "auto",
+        block: Block = "mamba",
+        headdim: int | None = None,
     ) -> None:
         super().__init__(
             cls_width, n_cls, patch_width, n_patches, n_parcels,
             d_model, d_head, dropout, token_noise, readout,
         )  # fmt: skip
         check_sizes(blocks=blocks, d_state=d_state, d_conv=d_conv, expand=expand)
+        if block == "mamba2":
+            self.title = f"{self.title} (Mamba-2)"
         self.blocks = nn.Sequential(
             *mamba_blocks(
                 blocks,
@@ -208,6 +216,8 @@ class OneStreamMamba(SequenceEncoder):
                 clamp=residual_clamp,
                 full_precision=full_precision,
                 scan=scan,
+                block=block,
+                headdim=headdim,
             )
         )
 

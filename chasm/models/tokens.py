@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -63,11 +65,11 @@ class TokenNoise(nn.Module):
         super().__init__()
         self.std = std
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return tokens of the same shape."""
+    def forward(self, tokens: Tensor, averaged: int = 1) -> Tensor:
+        """Return tokens of the same shape; each is a mean of `averaged`, whose noise averages."""
         if not self.training or self.std == 0:
             return tokens
-        return tokens + self.std * torch.randn_like(tokens)
+        return tokens + self.std / math.sqrt(averaged) * torch.randn_like(tokens)
 
 
 class TokenModel(nn.Module):
@@ -93,6 +95,7 @@ class TokenModel(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(cls_width=cls_width, n_cls=n_cls, patch_width=patch_width, n_patches=n_patches)
+        self.n_patches = n_patches
         self.cls_scaler = TokenScaler(n_cls, cls_width)
         self.patch_scaler = TokenScaler(patch_width)
         self.noise = TokenNoise(token_noise)
@@ -100,3 +103,24 @@ class TokenModel(nn.Module):
     def scaled(self, cls: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
         """Standardise (images, n_cls, width) and (images, patches, width); noise in training."""
         return self.noise(self.cls_scaler(cls)), self.noise(self.patch_scaler(patches))
+
+    def scaled_mean(self, cls: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Standardise CLS tokens and the mean patch; noise in training as if on every patch.
+
+        The mean over patches of `scaled`: scaling is affine, and independent noise of standard
+        deviation s on n patches has a mean of standard deviation s / sqrt(n).
+
+        Parameters
+        ----------
+        cls
+            (images, n_cls, width).
+        patches
+            (images, n_patches, width), or their mean, (images, 1, width).
+
+        Returns
+        -------
+        tuple of Tensor
+            (images, n_cls, width) and (images, width).
+        """
+        mean = self.patch_scaler(patches.to(self.patch_scaler.mean.dtype).mean(1))
+        return self.noise(self.cls_scaler(cls)), self.noise(mean, self.n_patches)

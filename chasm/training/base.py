@@ -25,6 +25,8 @@ from chasm.models.tokens import TokenScaler
 from chasm.parcellation import Aggregation, Parcellation
 from chasm.processes import gather, is_first, n_processes, take_from_first
 from chasm.training.closed_form import fit_linear_path
+from chasm.training.compilation import compile_networks
+from chasm.training.facts import facts_of
 from chasm.training.optimisation import make_optimizer
 
 Unit = Literal["parcel", "voxel"]
@@ -58,6 +60,9 @@ class EncodingModule(L.LightningModule):
         Fraction of all steps over which the rate rises linearly.
     schedule
         ``cosine`` to zero, or ``constant`` after the warm-up.
+    compile
+        Whether torch.compile is put on the network when a fit begins. It needs a C++ compiler,
+        on CUDA also Triton; the first steps then take a minute or more.
     """
 
     monitors = (
@@ -94,6 +99,7 @@ class EncodingModule(L.LightningModule):
         weight_decay: float = 0.01,
         warmup: float = 0.05,
         schedule: Literal["cosine", "constant"] = "cosine",
+        compile: bool = False,
     ) -> None:
         super().__init__()
         if not 0 < top_p <= 1:
@@ -103,6 +109,7 @@ class EncodingModule(L.LightningModule):
         self.linear_kind, self.linear_rank = linear, linear_rank
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.warmup, self.schedule = warmup, schedule
+        self.compiled = compile
         self.linear: LinearPath | None = None
         self.cls_site, self.patches_site = Site("features.cls"), Site("features.patches")
         self.parcellation: Parcellation | None = None
@@ -200,8 +207,14 @@ class EncodingModule(L.LightningModule):
             self.scale_tokens(data.token_statistics())
 
     def on_fit_start(self) -> None:
-        """Solve the closed form, unless a checkpoint brought it."""
+        """Solve the closed form, unless a checkpoint brought it; compile if the recipe says so."""
         self.solve_closed_form(self.trainer.datamodule)  # type: ignore[attr-defined]
+        if self.compiled:
+            compile_networks(self.trained_networks(), self.device)
+
+    def trained_networks(self) -> list[nn.Module | None]:
+        """List what a training step calls and gradients change."""
+        raise NotImplementedError
 
     def solve_closed_form(self, data: NSDDataModule) -> None:
         """Solve what has a closed form on the train images, unless it is solved.
@@ -264,8 +277,14 @@ class EncodingModule(L.LightningModule):
         """Mix the network's (images, units) with those of the closed form, where there is one."""
         if self.linear is None:
             return own
-        linear = self.linear(batch["cls"], batch["patches"])
+        linear = self.linear_of(batch)
         return own.to(linear.dtype).lerp(linear, self.share)
+
+    def linear_of(self, batch: Batch) -> Tensor:
+        """Predict (images, units) by the closed form, unless the batch has it already."""
+        assert self.linear is not None
+        known = batch.get("linear")
+        return self.linear(batch["cls"], batch["patches"]) if known is None else known
 
     def streams(self, batch: Batch) -> dict[str, Tensor]:
         """Compute what depends on one stream alone, by site; each tensor is (images, ...).
@@ -335,7 +354,7 @@ class EncodingModule(L.LightningModule):
         if self.linear is None:
             self.val_metrics.update(own, target)
             return
-        linear = self.linear(batch["cls"], batch["patches"])
+        linear = self.linear_of(batch)
         self._seen.append((target, own.to(linear.dtype), linear))
 
     def on_validation_epoch_end(self) -> None:
@@ -371,23 +390,8 @@ class EncodingModule(L.LightningModule):
             self.weight_decay,
             self.warmup,
             self.schedule,
+            str(self.trainer.precision),
         )
-
-
-def facts_of(data: NSDDataModule) -> dict[str, Any]:
-    """Say what a model is trained on, so that another stage cannot mix it with other data."""
-    split = data.data_split
-    return {
-        "subject": str(data.store.subject),
-        "dataset": str(data.store.dataset),
-        "store": data.store.fingerprint,
-        "images": data.store.image_fingerprint,
-        "tokens": data.tokens.fingerprint,
-        "backbone": data.tokens.manifest["backbone"],
-        "parcels": asdict(data.parcels),
-        "train": torch.from_numpy(split.train.astype("int64")),
-        "validation": torch.from_numpy(split.validation.astype("int64")),
-    }
 
 
 def title_of(network: nn.Module | None, default: str) -> str:

@@ -61,7 +61,7 @@ class StopTogether(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """End, if any process was asked to."""
-        self._end_if_asked(pl_module)
+        self._end_if_asked()
 
     def on_validation_batch_start(
         self,
@@ -72,7 +72,7 @@ class StopTogether(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """End, if any process was asked to."""
-        self._end_if_asked(pl_module)
+        self._end_if_asked()
 
     def _listen(self, trainer: L.Trainer) -> None:
         if trainer.world_size > 1:  # Lightning puts the earlier handler back
@@ -81,8 +81,8 @@ class StopTogether(L.Callback):
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
 
-    def _end_if_asked(self, module: L.LightningModule) -> None:
-        if any_of(self.asked, module.device):
+    def _end_if_asked(self) -> None:
+        if any_of(self.asked):
             raise SIGTERMException
 
 

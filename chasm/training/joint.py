@@ -19,8 +19,9 @@ from chasm.io import atomic_path, write_json, write_text
 from chasm.models.adapters import share_backbone
 from chasm.models.encoder import ParcelEncoder
 from chasm.processes import n_processes, weigh
-from chasm.training.base import facts_of
 from chasm.training.checkpoints import load_module, read_checkpoint
+from chasm.training.compilation import compile_networks
+from chasm.training.facts import facts_of
 from chasm.training.modules import Stage1Module
 from chasm.training.optimisation import make_optimizer
 from chasm.training.recipes import Recipe
@@ -93,9 +94,11 @@ class JointModule(L.LightningModule):
         share_backbone(encoders)
 
     def on_fit_start(self) -> None:
-        """Solve every subject's closed form, where the recipe has one."""
+        """Solve every subject's closed form, where the recipe has one; compile if it says so."""
         for name, model in self.subjects.items():
             model.solve_closed_form(self._data.parts[name])
+            if model.compiled:
+                compile_networks(model.trained_networks(), self.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what every subject's own checkpoint needs."""
@@ -159,6 +162,7 @@ class JointModule(L.LightningModule):
             one.weight_decay,
             one.warmup,
             one.schedule,
+            str(self.trainer.precision),
         )
 
 

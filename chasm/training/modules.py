@@ -85,6 +85,10 @@ class Stage1Module(EncodingModule):
             sizes.cls_width, sizes.n_cls, sizes.patch_width, sizes.n_patches, sizes.n_parcels
         )
 
+    def trained_networks(self) -> list[nn.Module | None]:
+        """Give the encoder."""
+        return [self.encoder]
+
     def scalers(self) -> list[tuple[TokenScaler, TokenScaler]]:
         """Give the encoder's."""
         encoder = self._built()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -18,6 +19,7 @@ def make_optimizer(
     weight_decay: float,
     warmup: float,
     schedule: str,
+    precision: str = "32-true",
 ) -> OptimizerLRSchedulerConfig:
     """Make AdamW over the trained ones of named parameters, and its schedule.
 
@@ -31,6 +33,9 @@ def make_optimizer(
         Steps of the whole training.
     learning_rate, weight_decay, warmup, schedule
         See `chasm.training.base.EncodingModule`.
+    precision
+        Of the trainer. With "16-mixed" and "bf16-mixed" the step is not fused: a fused one can
+        undo the scaling of gradients, and Lightning then refuses to clip them.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters:
@@ -45,7 +50,18 @@ def make_optimizer(
         }
         for (factor, decayed), members in groups.items()
     ]
-    optimizer = torch.optim.AdamW(options, lr=learning_rate)
+    trained = [parameter for members in groups.values() for parameter in members]
+    fused = not precision.endswith("mixed") and all(
+        parameter.is_floating_point() and parameter.device.type in ("cpu", "cuda")
+        for parameter in trained
+    )
+    optimizer = torch.optim.AdamW(options, lr=learning_rate, fused=fused)
+
+    def keep_fused(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        # A checkpoint may be of a run on another device or of another precision.
+        return state | {"param_groups": [g | {"fused": fused} for g in state["param_groups"]]}
+
+    optimizer.register_load_state_dict_pre_hook(keep_fused)
     rate = LearningRate(max(1, total_steps), warmup, schedule)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     return {

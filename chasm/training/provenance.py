@@ -15,12 +15,13 @@ import torch
 
 from chasm.data.datamodule import NSDDataModule
 from chasm.data.subjects import SubjectsDataModule
+from chasm.models.scan import resolve_backend
 from chasm.training.recipes import Recipe
 
 PACKAGES = (
     "chasm-fmri", "torch", "lightning", "timm", "torchmetrics", "himalaya", "plenoptic", "peft",
     "optuna",
-    "nilearn", "numpy", "h5py", "mamba-ssm", "causal-conv1d",
+    "nilearn", "numpy", "numba", "h5py", "mamba-ssm", "causal-conv1d",
 )  # fmt: skip
 
 
@@ -49,8 +50,16 @@ def provenance(recipe: Recipe, data: NSDDataModule | SubjectsDataModule) -> dict
             "threads": torch.get_num_threads(),
             "processes": recipe.n_processes,
             "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "scan": _scan(recipe),
         },
     }
+
+
+def _scan(recipe: Recipe) -> str:
+    """Name the selective scan that "auto" is where this recipe trains."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    on_cpu = found is None or recipe.settings()["trainer"].get("accelerator") == "cpu"
+    return resolve_backend(torch.device("cpu") if on_cpu or found is None else found)
 
 
 def facts_of_subject(data: NSDDataModule) -> dict[str, Any]:

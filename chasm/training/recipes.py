@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +25,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from chasm.data.datamodule import NSDDataModule, subject_name
 from chasm.data.subjects import SubjectsDataModule
 from chasm.errors import ChasmError, ConfigError
+from chasm.processes import PATIENCE
 from chasm.training.base import EncodingModule
 
 STAGE1_DATA = (
@@ -36,9 +36,6 @@ STAGE1_DATA = (
 
 SOURCE_DATA = tuple(key for key in STAGE1_DATA if key != "subject")
 """Data settings that a source takes from the adapter that it is trained for."""
-
-PATIENCE = timedelta(hours=3)
-"""How long processes wait for each other: the first one solves a closed form for all."""
 
 
 @dataclass

@@ -19,9 +19,11 @@ def merge_metrics(run: Path) -> None:
         run.glob("logs/attempt-*/metrics.csv"), key=lambda p: int(p.parent.name.split("-")[1])
     ):
         try:
-            tables.append(pd.read_csv(path))
+            table = pd.read_csv(path)
         except pd.errors.EmptyDataError:
             continue
+        if "epoch" in table:  # an attempt that failed in its first step has none
+            tables.append(table)
     if not tables:
         return
     joined = tables[0]

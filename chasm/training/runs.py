@@ -51,7 +51,7 @@ _WITHOUT_EFFECT = {
 RECIPES = (".yaml", ".yml")
 """Suffixes by which a recipe is told from a checkpoint."""
 
-RESULT_VERSION = 2
+RESULT_VERSION = 3
 """Part of a run's digest: raised when a change of the code changes what training gives."""
 
 TrainingData = NSDDataModule | SubjectsDataModule
@@ -215,8 +215,9 @@ def _train(
     writes = is_main_process(recipe)
     last = run / "checkpoints" / "last.ckpt"
     data.setup("fit")
-    L.seed_everything(recipe.seed, workers=True, verbose=False)
     model = _make_model(recipe)
+    # After a Stage 1 was loaded, as Lightning does where it starts several processes.
+    L.seed_everything(recipe.seed, workers=True, verbose=False)
     resume = last if last.is_file() and not fresh else None
     if resume is not None:
         read_checkpoint(resume)

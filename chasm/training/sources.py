@@ -16,7 +16,8 @@ from chasm.models.baselines import LinearEncoder, fit_mixture
 from chasm.models.encoder import ParcelEncoder
 from chasm.models.kernels import FeatureKernels, FloatArray
 from chasm.progress import track
-from chasm.training.base import EncodingModule, facts_of
+from chasm.training.base import EncodingModule
+from chasm.training.facts import facts_of
 from chasm.training.modules import Stage1Module
 
 HEAD_SHARES: FloatArray = np.array(

@@ -25,7 +25,8 @@ REFUSED = {
         _OF_THE_STUDY,
     ),
     **dict.fromkeys(
-        ("data.num_workers", "trainer.logger", "trainer.callbacks", "trainer.default_root_dir",
+        ("data.num_workers", "model.init_args.cache_stage1", "model.init_args.compile",
+         "trainer.logger", "trainer.callbacks", "trainer.default_root_dir",
          "trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.profiler",
          "trainer.enable_checkpointing", "trainer.log_every_n_steps"),
         _NO_EFFECT,

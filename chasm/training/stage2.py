@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from chasm.data.batches import Batch
 from chasm.data.datamodule import DataSizes, NSDDataModule
@@ -19,8 +19,10 @@ from chasm.models.stage2 import MambaVAE
 from chasm.models.tokens import TokenScaler
 from chasm.parcellation import Aggregation, Parcellation
 from chasm.processes import weigh
-from chasm.training.base import EncodingModule, Unit, facts_of, title_of
+from chasm.training.base import EncodingModule, Unit, title_of
 from chasm.training.checkpoints import build_module, describe_module
+from chasm.training.facts import facts_of
+from chasm.training.image_cache import learn_images
 from chasm.training.modules import Stage1Module
 
 log = logging.getLogger(__name__)
@@ -32,8 +34,8 @@ Stage2Factory = Callable[[int, int, int, int, Parcellation], VoxelDecoder]
 class Stage2Module(EncodingModule):
     """Stage 2: tokens and the parcels that a trained Stage 1 predicts -> voxels.
 
-    Stage 1 runs once per step. The recipe's top-level key ``stage1`` says where it comes from;
-    a checkpoint of this module contains it.
+    The recipe's top-level key ``stage1`` says where Stage 1 comes from; a checkpoint of this
+    module contains it.
 
     Parameters
     ----------
@@ -48,6 +50,11 @@ class Stage2Module(EncodingModule):
         Factor on the learning rate for a jointly trained Stage 1.
     parcel_weight
         Weight of Stage 1's own loss in joint training.
+    cache_stage1
+        Whether a fit computes once, when it begins, what is the same in every epoch: a frozen
+        Stage 1's parcels and the mean patch of all images, and the closed form of validation
+        images (see `chasm.training.image_cache`). Steps then read no patch tokens. It has no
+        effect in joint training or on a decoder that reads single patches.
     **options
         See `EncodingModule`.
     """
@@ -59,6 +66,7 @@ class Stage2Module(EncodingModule):
         stage1_training: Literal["frozen", "joint"] = "frozen",
         stage1_rate: float = 0.1,
         parcel_weight: float = 1.0,
+        cache_stage1: bool = True,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -73,6 +81,7 @@ class Stage2Module(EncodingModule):
         self.loss = Stage2Loss() if loss is None else loss
         self.joint = stage1_training == "joint"
         self.parcel_weight = parcel_weight
+        self.cache_stage1 = cache_stage1
         self.rate_factors = {"stage1.": stage1_rate}
         self.stage1: Stage1Module | None = None
         self.decoder: VoxelDecoder | None = None
@@ -137,6 +146,10 @@ class Stage2Module(EncodingModule):
             sizes.cls_width, sizes.n_cls, sizes.patch_width, sizes.n_patches, parcellation
         )
 
+    def trained_networks(self) -> list[nn.Module | None]:
+        """Give the decoder, and Stage 1's encoder in joint training."""
+        return [self.decoder, self.parcel_model.encoder] if self.joint else [self.decoder]
+
     @property
     def parcel_model(self) -> Stage1Module:
         """The Stage 1 inside; a ConfigError where there is none yet."""
@@ -165,9 +178,30 @@ class Stage2Module(EncodingModule):
         super().on_load_checkpoint(checkpoint)
 
     def on_fit_start(self) -> None:
-        """Solve the closed form; keep a frozen Stage 1 in eval mode."""
+        """Solve the closed form, keep a frozen Stage 1 in eval mode, run it once for all epochs."""
         super().on_fit_start()
         self.train(self.training)
+        assert self.decoder is not None
+        if not self.cache_stage1 or self.joint or self.decoder.reads_patches:
+            return
+        data: NSDDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        with self.trainer.precision_plugin.forward_context():
+            learn_images(data, "train", self.fixed_parts, self.device)
+            learn_images(data, "validation", self.fixed_parts_and_linear, self.device)
+
+    def on_fit_end(self) -> None:
+        """Free what was known of the images."""
+        for known in self.trainer.datamodule.known.values():  # type: ignore[attr-defined]
+            known.forget()
+
+    def fixed_parts(self, batch: Batch) -> dict[str, Tensor]:
+        """Give the mean patch, (images, 1, width), and what a frozen Stage 1 predicts."""
+        return {"patches": batch["patches"].mean(1, keepdim=True), "parcels": self.parcels(batch)}
+
+    def fixed_parts_and_linear(self, batch: Batch) -> dict[str, Tensor]:
+        """Give the closed form's prediction, too, where there is one."""
+        parts = self.fixed_parts(batch)
+        return parts if self.linear is None else parts | {"linear": self.linear_of(batch)}
 
     # Predicting.
 
@@ -176,7 +210,10 @@ class Stage2Module(EncodingModule):
         return betas
 
     def parcels(self, batch: Batch) -> Tensor:
-        """Stage 1's prediction, (images, parcels)."""
+        """Stage 1's prediction, (images, parcels), unless the batch has it already."""
+        known = batch.get("parcels")
+        if known is not None:
+            return known
         with torch.set_grad_enabled(self.joint and torch.is_grad_enabled()):
             found: Tensor = self.parcel_model(batch)
         return found

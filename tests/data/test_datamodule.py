@@ -1,9 +1,12 @@
 """Batches against a naive reading of store and token cache."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
+from chasm.data import datamodule
 from chasm.data.batches import EpochShuffle
 from chasm.data.datamodule import NSDDataModule, ParcelOptions, subject_name
 from chasm.data.splits import make_split
@@ -131,3 +134,50 @@ def test_bad_options_are_named(toy_dataset):
     data = NSDDataModule(dataset_dir=str(toy_dataset), parcels=unknown)
     with pytest.raises(DataError, match="streams"):
         _ = data.parcellation
+
+
+def trainer(kind, n=1):
+    device = SimpleNamespace(root_device=torch.device(kind))
+    return SimpleNamespace(strategy=device, num_devices=n, world_size=n, global_rank=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "processes", "beside", "cores", "n"),
+    [
+        ("cpu", 1, 1, 16, 0),  # the step needs the cores
+        ("cuda", 1, 1, 16, 4),
+        ("cuda", 1, 1, 3, 2),
+        ("cuda", 1, 1, 1, 0),
+        ("cuda", 4, 1, 16, 3),  # a core is left to every process that trains
+        ("cuda", 1, 8, 16, 1),
+        ("cuda", 1, 8, 6, 0),
+    ],
+)
+def test_workers_leave_the_cores_that_training_needs(
+    data, monkeypatch, kind, processes, beside, cores, n
+):
+    monkeypatch.setattr(datamodule, "n_cores", lambda: cores)
+    assert data.n_workers == 0, "no trainer, no workers"
+    data.trainer, data.n_beside = trainer(kind, processes), beside
+    assert data.n_workers == n
+    loader = data.train_dataloader()
+    assert loader.num_workers == n
+    assert loader.prefetch_factor == (4 if n else None)
+    assert loader.pin_memory == (kind == "cuda")
+    data.num_workers = 3
+    assert data.n_workers == 3, "a given number is taken"
+
+
+def test_workers_give_the_batches_of_the_main_process(toy_dataset):
+    known = {"parcels": torch.arange(2000.0)[:, None]}
+    found = []
+    for workers in (0, 2):
+        data = NSDDataModule(dataset_dir=str(toy_dataset), batch_size=16, num_workers=workers)
+        loader = data.train_dataloader()
+        data.known["train"].learn(np.arange(2000), known)  # after the loader was made, as in a fit
+        found.append(list(loader))
+    assert len(found[0]) == len(found[1])
+    for one, other in zip(*found, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+        assert torch.equal(one["parcels"][:, 0], one["image_id"].float())

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chasm.data import store_writer
 from chasm.data.images import NpyImages
 from chasm.data.prepare import prepare_nsd
 from chasm.data.store import SubjectStore, session_statistics
@@ -241,6 +242,47 @@ def test_the_fingerprint_is_of_the_content(tmp_path):
         write(tmp_path / "s.h5", 3, value)
         prints.append(SubjectStore.open(tmp_path / "s.h5").fingerprint)
     assert prints[0] == prints[1] != prints[2]
+
+
+def write_some(path, rows, keep):
+    """Write a store of which only some of the voxels are kept, after 4 and after all trials."""
+    kept = rows[:, keep]
+    np.save(path.parent / "images.npy", np.zeros((len(rows), 4, 4, 3), np.uint8))
+    source = NpyImages(path.parent / "images.npy")
+    with StoreWriter(
+        path, n_trials=len(rows), n_voxels=rows.shape[1], dtype=np.int16, scale=300
+    ) as writer:
+        writer.append(rows[:4])
+        np.testing.assert_array_equal(writer.read(np.array([2, 3, 0])), rows[[2, 3, 0]])
+        writer.keep(keep)
+        np.testing.assert_array_equal(writer.read(np.array([3, 1])), kept[[3, 1]])
+        assert writer.read(np.array([], np.int64)).shape == (0, keep.sum())
+        writer.append(kept[4:])
+        ids = np.arange(len(rows))
+        one, none = np.ones_like(ids), np.zeros(len(rows), bool)
+        writer.write_trials(session=one, run=one, image_id=ids, repeat=none)
+        for which in ("train", "all"):
+            shape = (1, int(keep.sum()))
+            writer.write_normalisation(which, np.zeros(shape), np.ones(shape), ids)
+        writer.write_voxels({})
+        writer.write_images(ids, none, none, source)
+        writer.write_attributes(
+            subject="s", dataset="d", source="arrays", beta_version="", source_signature="x"
+        )
+    return SubjectStore.open(path)
+
+
+def test_voxels_left_out_on_the_way_leave_no_trace(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_writer, "_BLOCK_BYTES", 40)
+    rows = np.random.default_rng(0).integers(-900, 900, (9, 6)).astype(np.int16)
+    keep = np.array([True, False, True, True, False, True])
+    some = write_some(tmp_path / "some.h5", rows, keep)
+    whole = write_some(tmp_path / "whole.h5", rows[:, keep], np.ones(4, bool))
+    np.testing.assert_array_equal(some.betas, rows[:, keep])
+    assert some.fingerprint == whole.fingerprint
+    assert (tmp_path / "some.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["images.npy", "some.h5", "whole.h5"]
 
 
 def test_a_store_without_a_volume_says_so(tmp_path):

@@ -15,6 +15,7 @@ from chasm.evaluation.cost import (
     cost_of_run,
     count_flops,
     linear_cost,
+    mamba2_flops,
     mamba_flops,
     measure,
     median_milliseconds,
@@ -22,6 +23,7 @@ from chasm.evaluation.cost import (
     read_cost,
 )
 from chasm.models.mamba import Mamba, ResidualMamba
+from chasm.models.mamba2 import Mamba2
 from chasm.training.recipes import Recipe
 from chasm.training.runs import fit, load
 
@@ -53,6 +55,20 @@ def test_mamba_has_its_analytic_count_whichever_scan_runs():
     block = nn.Sequential(ResidualMamba(4, 2, 3, 2), nn.Linear(4, 6))
     inner = mamba_flops(block[0].mamba, BATCH, TOKENS)
     assert count_flops(block, x) == inner + BATCH * TOKENS * 2 * 4 * 6
+
+
+def test_mamba2_has_its_analytic_count_whichever_scan_runs():
+    # d 4, inner 8, heads 2, groups 2 of 3 states, taps 5, for one token
+    projections = 2 * (4 * (8 + (8 + 12) + 2) + 8 * 4)
+    convolution = 2 * 5 * (8 + 12)
+    per_state = 1 + 2 + 2  # drive, state update, output
+    per_channel = 1 + 2 + 1  # step times input, skip, gate
+    by_hand = projections + convolution + 8 * (3 * per_state + per_channel) + 2
+    options = {"d_state": 3, "d_conv": 5, "headdim": 4, "ngroups": 2}
+    assert mamba2_flops(Mamba2(4, **options), BATCH, TOKENS) == BATCH * TOKENS * by_hand
+    for scan in ("torch", "reference"):
+        layer = Mamba2(4, **options, scan=scan, chunk_size=2)
+        assert count_flops(layer, torch.randn(BATCH, TOKENS, 4)) == BATCH * TOKENS * by_hand
 
 
 @pytest.mark.parametrize(("kind", "gates"), [(nn.GRU, 3), (nn.LSTM, 4)])

@@ -7,9 +7,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from chasm.errors import ConfigError
+from chasm.models import cuda_packages, scan
 from chasm.models import mamba as module
-from chasm.models import scan
-from chasm.models.mamba import Mamba, ResidualMamba, fused_kernel
+from chasm.models.convolution import causal_convolution
+from chasm.models.mamba import Mamba, ResidualMamba, fused_kernel, mamba_blocks
+from chasm.models.mamba2 import Mamba2
 
 
 def test_parameters_are_those_of_mamba_ssm():
@@ -115,13 +118,19 @@ def fake_mamba_ssm(monkeypatch):
 
     interface = ModuleType("mamba_ssm.ops.selective_scan_interface")
     interface.mamba_inner_fn = mamba_inner_fn
-    names = ("mamba_ssm", "mamba_ssm.ops", "causal_conv1d")
+    names = ("mamba_ssm", "mamba_ssm.ops", "selective_scan_cuda", "causal_conv1d")
     for fake in [ModuleType(name) for name in names] + [interface]:
         monkeypatch.setitem(sys.modules, fake.__name__, fake)
     monkeypatch.delenv("CHASM_SCAN", raising=False)
-    scan.optional_module.cache_clear()
+    forget_imports()
     yield calls
-    scan.optional_module.cache_clear()
+    forget_imports()
+
+
+def forget_imports():
+    """Let optional packages be looked for again."""
+    for owner in (cuda_packages, scan):
+        owner.optional_module.cache_clear()
 
 
 def test_fused_kernel_needs_cuda_and_both_packages(fake_mamba_ssm, monkeypatch):
@@ -133,7 +142,7 @@ def test_fused_kernel_needs_cuda_and_both_packages(fake_mamba_ssm, monkeypatch):
     assert fused_kernel(cuda) is None
     monkeypatch.delenv("CHASM_SCAN")
     monkeypatch.setitem(sys.modules, "causal_conv1d", None)
-    scan.optional_module.cache_clear()
+    forget_imports()
     assert fused_kernel(cuda) is None
 
 
@@ -182,3 +191,55 @@ def test_residual_block_stays_in_float32_under_autocast():
     assert torch.equal(full, block(x))
     assert not torch.equal(mixed, full)
     torch.testing.assert_close(mixed.float(), full, rtol=0.05, atol=0.05)
+
+
+def torch_convolution(u, weight, bias):
+    """The layer's convolution by torch's own."""
+    padding = weight.shape[2] - 1
+    y = F.conv1d(u.mT, weight, bias, padding=padding, groups=len(weight))[..., : u.shape[1]]
+    return F.silu(y.mT)
+
+
+@pytest.mark.parametrize(("tokens", "taps"), [(1, 4), (2, 4), (3, 1), (9, 4)])
+@pytest.mark.parametrize("biased", [True, False])
+def test_convolution_equals_torch(tokens, taps, biased, monkeypatch):
+    monkeypatch.setattr("chasm.models.convolution._BLOCK", 40)  # several blocks of rows
+    inputs = [torch.randn(5, tokens, 2 * 6), torch.randn(6, 1, taps), torch.randn(6)]
+    inputs = [value.double().requires_grad_() for value in inputs[: 2 + biased]]
+
+    def result(convolve):
+        u, weight, bias = [*inputs, None][:3]
+        y = convolve(u.chunk(2, -1)[0], weight, bias)
+        return y, *torch.autograd.grad(y.sin().sum(), inputs)
+
+    for a, b in zip(result(causal_convolution), result(torch_convolution), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_convolution_sums_narrow_inputs_in_the_weights_dtype():
+    u, weight, bias = torch.randn(2, 5, 6).bfloat16(), torch.randn(6, 1, 4), torch.randn(6)
+    u.requires_grad_()
+    found = causal_convolution(u, weight, bias)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, causal_convolution(u.float(), weight, bias))
+    (gradient,) = torch.autograd.grad(found.sum(), u)
+    assert gradient.dtype == torch.bfloat16
+
+
+def test_float64_layer_is_exact_to_float64():
+    layer, x = Mamba(8).double(), torch.randn(2, 9, 8, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), written_out(layer, x), rtol=1e-10, atol=1e-12)
+
+
+def test_choice_of_the_block():
+    assert type(ResidualMamba(8).mamba) is Mamba
+    blocks = mamba_blocks(2, 64, block="mamba2", d_state=5)
+    assert all(type(block.mamba) is Mamba2 for block in blocks)
+    assert blocks[0].mamba.headdim == 16
+    assert mamba_blocks(1, 64, block="mamba2", headdim=32)[0].mamba.nheads == 4
+    with pytest.raises(ConfigError, match=r"model:block: found 'mamba3'.*mamba, mamba2"):
+        ResidualMamba(8, block="mamba3")
+    with pytest.raises(ConfigError, match=r"model:headdim: 7 does not divide .* 16"):
+        ResidualMamba(8, block="mamba2", headdim=7)
+    with pytest.raises(ConfigError, match="model:headdim: is an option of Mamba-2"):
+        ResidualMamba(8, headdim=4)

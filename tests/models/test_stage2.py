@@ -330,6 +330,29 @@ def test_noise_and_scaling_of_tokens():
     torch.testing.assert_close(half, plain, atol=1e-2, rtol=1e-2)
 
 
+def test_the_mean_patch_does_as_well_as_the_patches():
+    cls, patches, parcels = batch()
+    model = small(d_latent=0).eval()
+    model.patch_scaler.set_statistics(torch.randn(7), torch.rand(7) + 0.5)
+    mean = patches.mean(1, keepdim=True)
+    torch.testing.assert_close(
+        model(cls, mean, parcels).voxels, model(cls, patches, parcels).voxels
+    )
+    _, scaled = model.scaled(cls, patches)
+    torch.testing.assert_close(model.scaled_mean(cls, patches)[1], scaled.mean(1))
+
+
+def test_noise_of_the_mean_patch_is_the_mean_of_noise_on_every_patch():
+    model = small(token_noise=0.5).train()
+    cls, patches = torch.zeros(4000, 2, 10), torch.zeros(4000, 12, 7)
+    expected = 0.5 / 12**0.5
+    for given in (patches, patches[:, :1]):
+        of_cls, of_mean = model.scaled_mean(cls, given)
+        assert of_cls.std().item() == pytest.approx(0.5, rel=0.03)
+        assert of_mean.std().item() == pytest.approx(expected, rel=0.03)
+    assert model.scaled(cls, patches)[1].mean(1).std().item() == pytest.approx(expected, rel=0.03)
+
+
 def test_back_ends_agree():
     model, inputs = small(scan="torch").eval(), batch()
     other = small(scan="reference").eval()

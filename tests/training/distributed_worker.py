@@ -70,7 +70,7 @@ def main(folder):
         "scores": scores(own),
         "gathered": processes.gather(rows).tolist(),
         "own": torch.arange(N)[processes.own_rows(rows)].tolist() == rows.tolist(),
-        "any": [processes.any_of(v, rows.device) for v in (False, not first)],
+        "any": [processes.any_of(v) for v in (False, not first)],
         "taken": kept.tolist(),
     }
     torch.save(found, folder / f"{dist.get_rank()}.pt")

@@ -19,9 +19,9 @@ from chasm.models.baselines import LinearEncoder
 from chasm.models.kernels import linear_kernels
 from chasm.models.linear_path import RidgeHead
 from chasm.training.adapters import ROW_NAMES, AdapterModule
-from chasm.training.base import facts_of
 from chasm.training.checkpoints import build_module, describe_module, load_module
 from chasm.training.closed_form import responses, solve
+from chasm.training.facts import facts_of
 from chasm.training.joint import subject_runs
 from chasm.training.recipes import Recipe
 from chasm.training.runs import RunInterruptedError, fit, load

@@ -253,6 +253,19 @@ def test_stage_2_trains_its_stage_1_on_the_way(tiny_recipe, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_that_know_the_images_equal_two_that_compute_anew(tiny_recipe, tmp_path):
+    two = tiny_recipe[1].replace("smoke.yaml", "smoke_stage2.yaml")
+    still = ["--model.init_args.decoder.init_args.token_noise", "0", "--trainer.devices", "2"]
+    recipe = ["-c", two, *tiny_recipe[2:], *still, "--data.batch_size", "7"]
+    found = []
+    for cached in ("true", "false"):
+        done = chasm("fit", *recipe, "--model.init_args.cache_stage1", cached)
+        assert done.returncode == 0, done.stderr
+        found.append(Path(done.stdout.strip()))
+    assert_equal_runs(*found)
+
+
+@pytest.mark.slow
 def test_torchrun_and_run_end_once(tiny_recipe, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     args = [*tiny_recipe, *SAME, "--trainer.devices", "2"]

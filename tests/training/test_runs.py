@@ -289,6 +289,9 @@ def test_merged_metrics_prefer_the_later_attempt(tmp_path):
         pd.DataFrame({"epoch": epochs, "step": epochs, "val/mse": [attempt] * len(epochs)}).to_csv(
             folder / "metrics.csv", index=False
         )
+    failed = tmp_path / "logs" / "attempt-2"  # in its first step
+    failed.mkdir()
+    (failed / "metrics.csv").write_text("lr-AdamW/pg1\n0.1\n")
     merge_metrics(tmp_path)
     merged = pd.read_csv(tmp_path / "metrics.csv")
     assert list(merged["epoch"]) == [0, 1, 2, 3]

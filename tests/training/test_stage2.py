@@ -9,9 +9,9 @@ import torch
 from chasm.errors import ConfigError, DataError
 from chasm.io import sha256_of_file
 from chasm.training import runs
-from chasm.training.base import facts_of
 from chasm.training.callbacks import SeededSteps
 from chasm.training.checkpoints import build_module, describe_module, load_module
+from chasm.training.facts import facts_of
 from chasm.training.recipes import Recipe
 from chasm.training.runs import fit, load, stage1_checkpoint
 from chasm.training.stage2 import check_same_data
