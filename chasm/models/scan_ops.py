@@ -87,11 +87,14 @@ def _fake_backward(*arguments: Any) -> list[Tensor]:
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.softplus, ctx.kernel, _ = inputs
-    ctx.set_materialize_grads(False)  # `kept` has none, and zeros would take as much memory again
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # zeros for it would take as much memory again
     ctx.save_for_backward(*tensors, output[1])
 
 
-def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 11
     *tensors, kept = ctx.saved_tensors
     found = iter(
         torch.ops.chasm.selective_scan_backward(*tensors, ctx.softplus, ctx.kernel, kept, grad)
