@@ -23,7 +23,7 @@ from chasm.io import atomic_path, write_json
 from chasm.progress import track
 
 SUBJECT = 1
-SESSIONS = 8
+SESSIONS = 40
 N_VOXELS = NSD_SUBJECTS[SUBJECT].nsdgeneral_voxels
 _BLOCK = 4096
 

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 HDF5, NIFTI = "betas_fithrf_GLMdenoise_RR", "betas_fithrf"
 """Folders of the tree that hold the sessions as .hdf5 and session 1 as .nii.gz."""
-SESSIONS = (2, 4, 8)
+SESSIONS = (2, 8, 40)
 
 
 def ours(root: Path, version: str, sessions: list[int]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -252,17 +253,28 @@ def _write_betas(plan: _Plan, writer: StoreWriter) -> _Read:
         for which in ("train", "all")
     }
     held_out = ~plan.train.reshape(len(plan.files), -1)
-    for row, path in track(list(enumerate(plan.files.values())), "preparing sessions"):
-        betas = read_session(path, plan.mask, plan.n_trials)
+
+    def write(row: int, betas: np.ndarray) -> None:
         every = SessionMoments.of(betas)
         own = every.without(SessionMoments.of(betas[:, held_out[row]]))
-        zero |= every.zero
-        constant |= every.constant | own.constant
+        zero[every.zero] = True
+        constant[every.constant | own.constant] = True
         for which, moments in (("train", own), ("all", every)):
             statistics[which][0][row] = moments.mean / BETA_SCALE
             statistics[which][1][row] = moments.std / BETA_SCALE
         writer.append(by_trial(betas))
-        del betas  # before the next session is read
+
+    # One session is written while the next one is read; never more than two are in memory.
+    with ThreadPoolExecutor(1) as behind:
+        last = None
+        for row, path in track(list(enumerate(plan.files.values())), "preparing sessions"):
+            betas = read_session(path, plan.mask, plan.n_trials)
+            if last is not None:
+                last.result()
+            last = behind.submit(write, row, betas)
+            del betas
+        assert last is not None
+        last.result()
     return _Read(zero, constant & ~zero, statistics)
 
 

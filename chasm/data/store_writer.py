@@ -70,9 +70,19 @@ class StoreWriter:
         self._file = self._stack.enter_context(
             h5py.File(self._temporary, "w", alignment_threshold=4096, alignment_interval=4096)
         )
-        self._betas = self._file.create_dataset("betas", shape=self._shape, dtype=self._dtype)
+        # Its place in the file is known at once, so that rows are written without HDF5, which
+        # lets one thread in at a time and may be reading.
+        layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        self._betas = self._file.create_dataset(
+            "betas", shape=self._shape, dtype=self._dtype, dcpl=layout
+        )
         self._betas.attrs["scale"] = self._scale
         self._file.create_group("rois")
+        self._file.flush()
+        self._offset = self._betas.id.get_offset()
+        self._rows = self._stack.enter_context(self._temporary.open("r+b", buffering=0))
 
     def __exit__(
         self,
@@ -94,18 +104,29 @@ class StoreWriter:
             validate(self._target, self._file)
 
     def append(self, rows: np.ndarray) -> None:
-        """Add trials: (n, voxels) stored values, in the order of `write_trials`."""
+        """Add trials: (n, voxels) stored values, in the order of `write_trials`.
+
+        May be called by another thread than the one that uses HDF5.
+        """
         rows = np.ascontiguousarray(rows, dtype=self._dtype)
-        self._betas[self._row : self._row + len(rows)] = rows
+        if self._row + len(rows) > self._shape[0]:
+            raise StoreError(
+                f"{self._target}:/betas",
+                f"more than {self._shape[0]} trials were written",
+                "Append as many as were announced",
+            )
+        self._rows.seek(self._offset + self._row * self._shape[1] * self._dtype.itemsize)
+        view = rows.data.cast("B")
+        while view:
+            view = view[self._rows.write(view) :]
         self._hash.update(rows.data)
         self._row += len(rows)
 
     def read(self, trials: np.ndarray) -> np.ndarray:
         """Read appended trials by index: (n, voxels); runs of neighbours are read at once."""
-        self._file.flush()
         result = np.empty((len(trials), self._shape[1]), self._dtype)
         with self._temporary.open("rb", buffering=0) as file:
-            _read_rows(file.fileno(), self._betas.id.get_offset() or 0, trials, result)
+            _read_rows(file.fileno(), self._offset, trials, result)
         return result
 
     def keep(self, voxels: np.ndarray) -> None:
@@ -119,7 +140,8 @@ class StoreWriter:
         if voxels.all():
             return
         before, columns, n_rows = self._shape[1], np.flatnonzero(voxels), self._row
-        offset = self._betas.id.get_offset() or 0
+        offset = self._offset
+        self._rows.close()
         self._file.close()
         with self._temporary.open("rb", buffering=0) as old:
             # The old content stays readable by its handle, and goes with it.
