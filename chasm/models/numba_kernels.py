@@ -196,7 +196,10 @@ def _forward(
         for start in range(0, n_steps, length):
             count = min(length, n_steps - start)
             if keep:
-                kept[b, start // length, :, d : d + width] = states[:, :width]
+                for n in range(n_states):
+                    state, target = states[n], kept[b, start // length, n, d : d + width]
+                    for i in range(width):
+                        target[i] = state[i]
             _load(u, b, start, count, d, width, xs)
             _load(delta, b, start, count, d, width, raws)
             if gated:
@@ -260,7 +263,10 @@ def _backward(
         for part in range((n_steps - 1) // length, -1, -1):
             start = part * length
             count = min(length, n_steps - start)
-            states[0, :, :width] = kept[b, part, :, d : d + width]
+            for n in range(n_states):
+                before, source = states[0, n], kept[b, part, n, d : d + width]
+                for i in range(width):
+                    before[i] = source[i]
             _load(u, b, start, count, d, width, xs)
             _load(delta, b, start, count, d, width, raws)
             _load(grad, b, start, count, d, width, grads)

@@ -27,6 +27,7 @@ from chasm.models.scan_arguments import (
     part_length,
 )
 
+_KINDS = {torch.float32: np.float32, torch.float64: np.float64}
 _TASKS = 16
 """At least so many tasks, where there are channels enough."""
 
@@ -55,32 +56,30 @@ class NumbaScan:
         dtype, states = kept.dtype, x.A.shape[1]
         du, ddelta = (_empty(batch, n_steps, channels, dtype=dtype).mT for _ in range(2))
         dz = _empty(*((1, 1, 1) if x.z is None else (batch, n_steps, channels)), dtype=dtype).mT
-        n_groups = _groups(batch, channels)
-        dB = torch.zeros(n_groups, batch, n_steps, states, dtype=dtype)
-        dC = torch.zeros_like(dB)
-        dA = torch.zeros(batch, states, channels, dtype=dtype)
-        dD, dbias = torch.zeros(2, batch, channels, dtype=dtype)
+        # Small sums by NumPy: threads of torch would go on spinning while ours work.
+        groups, kind = _groups(batch, channels), _KINDS[dtype]
+        dB, dC = np.zeros((2, groups, batch, n_steps, states), kind)
+        dA = np.zeros((batch, states, channels), kind)
+        dD, dbias = np.zeros((2, batch, channels), kind)
         kernel, inputs = compiled("backward", dtype), _inputs(x, dtype)
         fixed = np.ascontiguousarray(_array(grad, dtype)), kept.numpy(), part_length(n_steps)
         rows, last_rows = (du.mT.numpy(), ddelta.mT.numpy()), dz.mT.numpy()
-        sums = [values.numpy() for values in (dA, dB, dC, dD, dbias)]
 
         def scan_back(b: int, first: int, last: int) -> None:
-            of_A, of_B, of_C, of_D, of_bias = sums
             group = first // _group_width(batch, channels)
-            places = of_A[b], of_B[group, b], of_C[group, b], of_D[b], of_bias[b]
+            places = dA[b], dB[group, b], dC[group, b], dD[b], dbias[b]
             kernel(*inputs, *fixed, *rows, *places, last_rows, b, first, last)
 
         _share(scan_back, batch, channels)
         return ScanGradients(
             du.to(x.u.dtype),
             ddelta.to(x.delta.dtype),
-            dA.sum(0).T.to(x.A.dtype).contiguous(),
-            dB.sum(0).mT.to(x.B.dtype),
-            dC.sum(0).mT.to(x.C.dtype),
-            None if x.D is None else dD.sum(0).to(x.D.dtype),
+            _total(dA).T.contiguous().to(x.A.dtype),
+            _total(dB).mT.to(x.B.dtype),
+            _total(dC).mT.to(x.C.dtype),
+            None if x.D is None else _total(dD).to(x.D.dtype),
             None if x.z is None else dz.to(x.z.dtype),
-            None if x.delta_bias is None else dbias.sum(0).to(x.delta_bias.dtype),
+            None if x.delta_bias is None else _total(dbias).to(x.delta_bias.dtype),
         )
 
 
@@ -89,8 +88,12 @@ def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
 
     A page that is touched first costs more than what the kernel writes into it.
     """
-    kind = {torch.float32: np.float32, torch.float64: np.float64}[dtype]
-    return torch.from_numpy(np.empty(shape, kind))
+    return torch.from_numpy(np.empty(shape, _KINDS[dtype]))
+
+
+def _total(parts: npt.NDArray[Any]) -> Tensor:
+    """Sum over the first axis."""
+    return torch.from_numpy(parts[0] if len(parts) == 1 else parts.sum(0))
 
 
 def _array(values: Tensor, dtype: torch.dtype) -> npt.NDArray[Any]:
@@ -129,12 +132,17 @@ def _share(work: Callable[[int, int, int], None], batch: int, channels: int) -> 
         for b in range(batch)
         for first in range(0, channels, width)
     ]
-    threads = min(torch.get_num_threads(), len(tasks))
-    if threads == 1:
-        for task in tasks:
+    count = min(torch.get_num_threads(), len(tasks))
+
+    def go(part: int) -> None:
+        for task in tasks[part::count]:
             work(*task)
-        return
-    list(_threads(threads, os.getpid()).map(lambda task: work(*task), tasks))
+
+    # This thread does a part itself; to hand on single tasks would take longer than small ones do.
+    others = [_threads(count - 1, os.getpid()).submit(go, part) for part in range(1, count)]
+    go(0)
+    for other in others:
+        other.result()
 
 
 @cache

@@ -11,8 +11,10 @@ may multiply float32 in TF32.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from chasm.errors import ConfigError
 from chasm.models.cuda_packages import explain, mamba2_kernel
 from chasm.models.scan_arguments import accumulation_dtype
+
+log = logging.getLogger(__name__)
 
 ENVIRONMENT = "CHASM_SCAN"
 """Environment variable that replaces the back end "auto", as it does for the selective scan."""
@@ -110,6 +114,7 @@ def ssd(
     return y.to(x.dtype)
 
 
+@torch.compiler.assume_constant_result
 def resolve_backend(
     device: torch.device, backend: str = "auto", dtype: torch.dtype = torch.float32
 ) -> str:
@@ -127,12 +132,19 @@ def resolve_backend(
         listed = ", ".join(_BACKENDS)
         raise ConfigError(where, f"found {backend!r}, expected one of {listed}", "Choose one.")
     possible = device.type == "cuda" and mamba2_kernel() is not None
-    if backend == "auto":
-        return "mamba_ssm" if possible and dtype != torch.float64 else "torch"
     if backend == "mamba_ssm" and not possible:
         reason = explain(device, block="mamba2").partition(", so ")[0]
         raise ConfigError(where, f"'mamba_ssm' cannot run on {device}: {reason}", 'Use "auto".')
-    return "torch" if backend == "numba" else backend
+    if backend == "auto" and possible and dtype != torch.float64:
+        backend = "mamba_ssm"
+    name = "torch" if backend in ("auto", "numba") else backend
+    _say_once(device.type, name)
+    return name
+
+
+@cache
+def _say_once(device: str, backend: str) -> None:
+    log.info("Mamba-2: %s", explain(torch.device(device), backend, "mamba2"))
 
 
 def step_sizes(
