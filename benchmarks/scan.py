@@ -11,6 +11,7 @@ state materialised. The largest relative error of any gradient against float64 i
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from statistics import median
 
@@ -19,6 +20,9 @@ from measure import Row, apart_in_turns, extra_memory, finish, options, say, tim
 from torch import Tensor
 
 from chasm.models.scan import BACKENDS, resolve_backend, selective_scan
+
+LEAST_SECONDS, MOST_REPEATS = 2.0, 30
+"""Time that the repeats of a measurement take together at least, if they are not too many."""
 
 Size = tuple[int, int, int, int]
 SIZES: dict[str, Size] = {
@@ -74,7 +78,9 @@ def measure(backend: str, size: Size, repeats: int) -> dict[str, float | None]:
     inputs = make_inputs(size)
     step = partial(forward_backward, inputs, backend, torch.ones_like(inputs["u"]))
     memory = extra_memory(step)
-    seconds = median(times(step, repeats))
+    (first,) = times(step, 1)
+    enough = min(MOST_REPEATS, math.ceil(LEAST_SECONDS / first))
+    seconds = median(times(step, max(repeats, enough), warm=0))
     return {"seconds": seconds, "memory_mb": memory, "error": largest_error(backend, size)}
 
 

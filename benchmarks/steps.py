@@ -36,6 +36,7 @@ from subject import TOY, make_subject
 from torch import Tensor
 
 from chasm.evaluation.cost import count_flops, random_batch
+from chasm.memory import keep_freed_memory
 from chasm.progress import quiet_lightning
 from chasm.training.base import EncodingModule
 from chasm.training.callbacks import SeededSteps, StopTogether
@@ -208,6 +209,7 @@ def measure(stage: int, way: str, folder: Path, quick: bool, steps: int) -> dict
     torch.manual_seed(0)
     if way == "published":
         return measure_published(stage, folder, quick, steps, BATCH[stage])
+    keep_freed_memory()  # as the command line does
     scan = "torch" if way == "scan removed" else way
     recipe, module = make_ours(stage, folder, quick, scan)
     if way == "scan removed":

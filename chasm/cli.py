@@ -9,6 +9,7 @@ from importlib import import_module
 
 from chasm.commands import COMMANDS
 from chasm.errors import ChasmError
+from chasm.memory import keep_freed_memory
 
 HELP = """usage: chasm COMMAND [options]     (chasm COMMAND --help tells a command's options)
 
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args[0] not in COMMANDS:
         return _fail(f"chasm: no command {args[0]!r}. Commands: {', '.join(COMMANDS)}.")
+    keep_freed_memory()
     set_up_logging()
     module, _, function = COMMANDS[args[0]].target.partition(":")
     try:
