@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from chasm.io import write_json
+from chasm.processes import n_cores
 from chasm.progress import console
 
 PACKAGES = (
@@ -280,11 +281,6 @@ def processor() -> str:
         return platform.processor() or platform.machine()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
-
-
-def n_cores() -> int:
-    """Count the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def peak_rates(threads: int, size: int = 3072, mb: int = 512) -> dict[str, float]:

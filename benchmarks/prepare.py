@@ -1,7 +1,7 @@
 """Time and memory of `chasm prepare` on a full-size simulated subject in NSD's layout.
 
     python benchmarks/prepare.py                     # makes 1.6 GB of files in a temporary folder
-    python benchmarks/prepare.py --folder /tmp/nsd   # keeps them for the next run
+    python benchmarks/prepare.py --folder FOLDER     # keeps them for the next run
 
 Every run is a fresh process with the beta files in the page cache; imports are not timed, and
 memory is the peak of the whole process, imports included. "needed bytes" reads the chunks of the

@@ -64,6 +64,11 @@ def gather(rows: Tensor) -> Tensor:
     return found
 
 
+def n_cores() -> int:
+    """Count the processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def own_rows(rows: Tensor) -> slice:
     """Say which rows of what `gather` gives are this process's own."""
     if n_processes() == 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +26,7 @@ from chasm.errors import ConfigError, DataError
 from chasm.features.backbones import BackboneSpec
 from chasm.features.cache import TokenCache
 from chasm.parcellation import Parcellation, make_parcellation
+from chasm.processes import n_cores
 
 log = logging.getLogger(__name__)
 
@@ -361,11 +361,6 @@ class NSDDataModule(L.LightningDataModule):
         batch["cls"] = batch["cls"].float()
         batch["patches"] = batch["patches"].float()
         return batch
-
-
-def n_cores() -> int:
-    """Count the processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def subject_name(subject: int | str) -> str:

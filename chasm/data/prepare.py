@@ -17,19 +17,14 @@ import numpy as np
 from chasm.data.beta_files import by_trial, check_session, read_session
 from chasm.data.images import FINGERPRINT_IMAGES, Hdf5Images
 from chasm.data.nsd import BETA_SCALE, NSDTree, RoiVolume, load_volume
+from chasm.data.repeat_noise import recompute_ncsnr
 from chasm.data.session_moments import SessionMoments
 from chasm.data.store_format import file_facts, is_current, signature
 from chasm.data.store_writer import StoreWriter
 from chasm.errors import ConfigError, DataError
-from chasm.noise_ceiling import NoiseAccumulator, ncsnr_from_variances, repeat_groups
 from chasm.progress import track
 
 log = logging.getLogger(__name__)
-
-NCSNR_MIN_IMAGES = 50
-"""Below this many images with exactly three trials, all repeated images are pooled for ncsnr."""
-_BLOCK_BYTES = 2 << 20
-"""Betas of repeated images that are handled at once; what the processor's cache holds."""
 
 
 @dataclass(frozen=True)
@@ -343,7 +338,7 @@ def _write_voxels(
     """Write places and noise ceilings of the valid voxels."""
     indices = np.argwhere(plan.mask)[keep]
     places = indices @ plan.affine[:3, :3].T + plan.affine[:3, 3]
-    ncsnr, facts = _ncsnr(plan, writer, statistics)
+    ncsnr, facts = recompute_ncsnr(writer, plan.image_ids, plan.session_index, *statistics)
     columns = dict(zip("ijk", indices.T, strict=True)) | dict(zip("xyz", places.T, strict=True))
     columns["ncsnr"] = ncsnr
     path = plan.tree.betas_folder(plan.subject, plan.version) / "ncsnr.nii.gz"
@@ -363,41 +358,6 @@ def _write_voxels(
             np.nanmedian(published),
         )
     writer.write_voxels(counts | facts, **columns)
-
-
-def _ncsnr(
-    plan: _Plan, writer: StoreWriter, statistics: tuple[np.ndarray, np.ndarray]
-) -> tuple[np.ndarray, dict[str, int]]:
-    """Recompute ncsnr as NSD does from the betas written so far, some images at a time.
-
-    Returns
-    -------
-    ncsnr, facts
-        (voxels,) and, for the attributes of /voxels, the number of images behind it and how
-        many repeats they have (0: mixed).
-    """
-    mean, std = statistics
-    n_voxels = mean.shape[1]
-    groups = repeat_groups(plan.image_ids)
-    if len(groups.get(3, ())) >= NCSNR_MIN_IMAGES:
-        groups = {3: groups[3]}
-    noise = NoiseAccumulator(n_voxels)
-    session_index = plan.session_index
-    for k, trials in groups.items():
-        if k < 2:
-            continue
-        block = max(1, _BLOCK_BYTES // (8 * k * n_voxels))
-        starts = range(0, len(trials), block)
-        for start in track(starts, f"noise ceiling, {k} repeats"):
-            part = trials[start : start + block]
-            values = writer.read(part.ravel()).astype(np.float32)
-            values /= np.float32(BETA_SCALE)
-            for row, session in zip(values, session_index[part.ravel()], strict=True):
-                row -= mean[session]
-                row /= std[session]
-            noise.update(values.reshape(*part.shape, -1))
-    facts = {"ncsnr_images": noise.n_images, "ncsnr_repeats": 3 if set(groups) == {3} else 0}
-    return ncsnr_from_variances(1 - noise.variance, noise.variance), facts
 
 
 def _ranges(numbers: list[int]) -> str:

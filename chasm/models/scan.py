@@ -11,7 +11,6 @@ numbers; they differ in speed and memory.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -20,15 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from chasm.errors import ConfigError
 from chasm.models.cuda_packages import explain, mamba1_kernel, optional_module
 from chasm.models.scan_arguments import ScanArguments, accumulation_dtype
+from chasm.models.scan_choice import anywhere, choose
 from chasm.models.scan_ops import differentiable_scan
 
 log = logging.getLogger(__name__)
-
-ENVIRONMENT = "CHASM_SCAN"
-"""Environment variable that replaces the back end "auto"."""
 
 
 class Backend(NamedTuple):
@@ -106,17 +102,13 @@ def resolve_backend(device: torch.device, backend: str = "auto") -> str:
     ConfigError
         If it is unknown or cannot run there.
     """
-    where = "scan:backend"
-    if backend == "auto" and os.environ.get(ENVIRONMENT):
-        where, backend = ENVIRONMENT, os.environ[ENVIRONMENT]
-    if backend == "auto":
-        backend = next(name for name, found in BACKENDS.items() if found.available(device))
-    if backend not in BACKENDS:
-        names = ", ".join(["auto", *BACKENDS])
-        raise ConfigError(where, f"found {backend!r}, expected one of {names}", "Choose one.")
-    if not BACKENDS[backend].available(device):
-        needs = f"{backend!r} cannot run on {device}: it needs {BACKENDS[backend].needs}"
-        raise ConfigError(where, needs, f'Use "auto": {explain_backend(device, "torch")}.')
+
+    def refusal(name: str) -> tuple[str, str]:
+        remedy = f'Use "auto": {explain_backend(device, "torch")}.'
+        return f"it needs {BACKENDS[name].needs}", remedy
+
+    available = {name: found.available for name, found in BACKENDS.items()}
+    backend = choose(device, backend, available, refusal)
     _say_once(device.type, backend)
     return backend
 
@@ -193,17 +185,13 @@ def _has_numba(device: torch.device) -> bool:
     return device.type == "cpu" and optional_module("numba") is not None
 
 
-def _anywhere(_: torch.device) -> bool:
-    return True
-
-
 BACKENDS: dict[str, Backend] = {
     "mamba_ssm": Backend(_mamba_ssm_scan, _has_mamba_ssm, "CUDA and mamba_ssm's Mamba-1 kernel"),
     "numba": Backend(
         lambda x: differentiable_scan(x, "numba"), _has_numba, "a CPU and the package numba"
     ),
-    "torch": Backend(lambda x: differentiable_scan(x, "torch"), _anywhere, "nothing"),
-    "reference": Backend(lambda x: reference_scan(*x), _anywhere, "nothing"),
+    "torch": Backend(lambda x: differentiable_scan(x, "torch"), anywhere, "nothing"),
+    "reference": Backend(lambda x: reference_scan(*x), anywhere, "nothing"),
 }
 """Back ends by name; "auto" is the first that is available."""
 

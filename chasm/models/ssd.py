@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from functools import cache
 
 import torch
@@ -21,14 +20,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from chasm.errors import ConfigError
 from chasm.models.cuda_packages import explain, mamba2_kernel
 from chasm.models.scan_arguments import accumulation_dtype
+from chasm.models.scan_choice import Available, anywhere, choose
 
 log = logging.getLogger(__name__)
-
-ENVIRONMENT = "CHASM_SCAN"
-"""Environment variable that replaces the back end "auto", as it does for the selective scan."""
 
 UNLIMITED = (0.0, math.inf)
 """Range of step sizes that leaves them as they are."""
@@ -39,7 +35,17 @@ _CHUNK = 64
 _BLOCK = 2**21
 """Numbers in the largest array of a block of rows: eight megabytes of float32."""
 
-_BACKENDS = ("auto", "mamba_ssm", "numba", "torch", "reference")
+
+def _has_triton_kernels(device: torch.device) -> bool:
+    return device.type == "cuda" and mamba2_kernel() is not None
+
+
+_BACKENDS: dict[str, Available] = {
+    "mamba_ssm": _has_triton_kernels,
+    "numba": anywhere,  # has no scan of its own here: "torch"
+    "torch": anywhere,
+    "reference": anywhere,
+}
 
 
 def ssd(
@@ -125,19 +131,14 @@ def resolve_backend(
     ConfigError
         If it is unknown or cannot run there.
     """
-    where = "scan:backend"
-    if backend == "auto" and os.environ.get(ENVIRONMENT):
-        where, backend = ENVIRONMENT, os.environ[ENVIRONMENT]
-    if backend not in _BACKENDS:
-        listed = ", ".join(_BACKENDS)
-        raise ConfigError(where, f"found {backend!r}, expected one of {listed}", "Choose one.")
-    possible = device.type == "cuda" and mamba2_kernel() is not None
-    if backend == "mamba_ssm" and not possible:
-        reason = explain(device, block="mamba2").partition(", so ")[0]
-        raise ConfigError(where, f"'mamba_ssm' cannot run on {device}: {reason}", 'Use "auto".')
-    if backend == "auto" and possible and dtype != torch.float64:
-        backend = "mamba_ssm"
-    name = "torch" if backend in ("auto", "numba") else backend
+
+    def refusal(_: str) -> tuple[str, str]:
+        return explain(device, block="mamba2").partition(", so ")[0], 'Use "auto".'
+
+    first = ("numba", "mamba_ssm") if dtype == torch.float64 else ("mamba_ssm", "numba")
+    available = {name: _BACKENDS[name] for name in (*first, "torch", "reference")}
+    name = choose(device, backend, available, refusal)
+    name = "torch" if name == "numba" else name
     _say_once(device.type, name)
     return name
 

@@ -8,8 +8,7 @@ import h5py
 import numpy as np
 import pytest
 
-from chasm.data import beta_files
-from chasm.data import prepare as prepare_module
+from chasm.data import beta_files, repeat_noise
 from chasm.data.prepare import prepare_nsd
 from chasm.data.store import SubjectStore
 from chasm.errors import ChasmError, DataError, StoreError
@@ -385,7 +384,7 @@ def test_a_session_without_own_images_is_refused(tree):
 
 def test_memory_does_not_grow_with_the_number_of_sessions(tree, monkeypatch):
     """Traced peak of 2 and of 4 sessions, voxels repeated so that betas outweigh all else."""
-    for module in (prepare_module, beta_files):
+    for module in (repeat_noise, beta_files):
         monkeypatch.setattr(module, "_BLOCK_BYTES", 1 << 18)
     shape = (20, 20, 30)
     write_volume(tree.roi_folder / "nsdgeneral.nii.gz", np.ones(shape, np.int16))
