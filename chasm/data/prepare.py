@@ -251,7 +251,7 @@ def _write_betas(plan: _Plan, writer: StoreWriter) -> _Read:
 
     def write(row: int, betas: np.ndarray) -> None:
         every = SessionMoments.of(betas)
-        own = every.without(SessionMoments.of(betas[:, held_out[row]]))
+        own = every.without(SessionMoments.of(np.compress(held_out[row], betas, axis=1)))
         zero[every.zero] = True
         constant[every.constant | own.constant] = True
         for which, moments in (("train", own), ("all", every)):
@@ -300,8 +300,10 @@ def _write_rest(
         image_id=plan.image_ids,
         repeat=tree.design().repeats[tree.trial_indices(sessions)],
     )
+    # Not mean[:, keep], whose rows would not be contiguous.
     statistics = {
-        which: (mean[:, keep], std[:, keep]) for which, (mean, std) in read.statistics.items()
+        which: (np.compress(keep, mean, axis=1), np.compress(keep, std, axis=1))
+        for which, (mean, std) in read.statistics.items()
     }
     writer.write_normalisation("train", *statistics["train"], np.unique(plan.image_ids[plan.train]))
     writer.write_normalisation("all", *statistics["all"])

@@ -45,6 +45,7 @@ def recompute_ncsnr(
     if len(groups.get(3, ())) >= NCSNR_MIN_IMAGES:
         groups = {3: groups[3]}
     noise = NoiseAccumulator(n_voxels)
+    mean, std = BETA_SCALE * mean, BETA_SCALE * std
     for k, trials in groups.items():
         if k < 2:
             continue
@@ -53,7 +54,6 @@ def recompute_ncsnr(
         for start in track(starts, f"noise ceiling, {k} repeats"):
             part = trials[start : start + block]
             values = writer.read(part.ravel()).astype(np.float32)
-            values /= np.float32(BETA_SCALE)
             for row, session in zip(values, session_index[part.ravel()], strict=True):
                 row -= mean[session]
                 row /= std[session]

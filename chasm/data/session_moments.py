@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_BLOCK = 256
-
 
 @dataclass(frozen=True)
 class SessionMoments:
@@ -28,13 +26,8 @@ class SessionMoments:
     @classmethod
     def of(cls, betas: np.ndarray) -> SessionMoments:
         """Sum up betas: (voxels, trials) int16."""
-        total, squares = np.zeros((2, len(betas)), dtype=np.int64)
-        for start in range(0, len(betas), _BLOCK):
-            # Sums of fewer than 2²³ squares of int16 are exact in float64.
-            part = betas[start : start + _BLOCK].astype(np.float64)
-            total[start : start + _BLOCK] = part.sum(axis=1)
-            squares[start : start + _BLOCK] = np.einsum("vt,vt->v", part, part)
-        return cls(betas.shape[1], total, squares)
+        squares = np.einsum("vt,vt->v", betas, betas, dtype=np.int64, casting="safe")
+        return cls(betas.shape[1], betas.sum(axis=1, dtype=np.int64), squares)
 
     def without(self, other: SessionMoments) -> SessionMoments:
         """Moments of the trials that are not among those of `other`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -60,8 +61,10 @@ class StoreWriter:
         self._stack = ExitStack()
 
     def __enter__(self) -> StoreWriter:
-        self._temporary = self._stack.enter_context(atomic_path(self._target))
-        self._create()
+        with self._stack:  # which takes everything back if something fails
+            self._temporary = self._stack.enter_context(atomic_path(self._target))
+            self._create()
+            self._stack = self._stack.pop_all()
         return self
 
     def _create(self) -> None:
@@ -83,6 +86,22 @@ class StoreWriter:
         self._file.flush()
         self._offset = self._betas.id.get_offset()
         self._rows = self._stack.enter_context(self._temporary.open("r+b", buffering=0))
+        self._claim(int(np.prod(self._shape)) * self._dtype.itemsize)
+
+    def _claim(self, n_bytes: int) -> None:
+        """Have the disk's space for the betas now: a full disk is known, and writing is faster."""
+        if not hasattr(os, "posix_fallocate"):  # macOS, Windows
+            return
+        try:
+            os.posix_fallocate(self._rows.fileno(), self._offset, n_bytes)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                return  # a file system without it: rows take their space as they come
+            raise StoreError(
+                self._target,
+                f"its betas take {n_bytes / 1e9:,.1f} GB, and {os.strerror(error.errno).lower()}",
+                "Free that much, or write the store elsewhere",
+            ) from error
 
     def __exit__(
         self,
@@ -125,8 +144,7 @@ class StoreWriter:
     def read(self, trials: np.ndarray) -> np.ndarray:
         """Read appended trials by index: (n, voxels); runs of neighbours are read at once."""
         result = np.empty((len(trials), self._shape[1]), self._dtype)
-        with self._temporary.open("rb", buffering=0) as file:
-            _read_rows(file.fileno(), self._offset, trials, result)
+        _read_rows(self._rows.fileno(), self._offset, trials, result)
         return result
 
     def keep(self, voxels: np.ndarray) -> None:

@@ -1,4 +1,6 @@
+import errno
 import multiprocessing
+import os
 import pickle
 import shutil
 
@@ -234,6 +236,38 @@ def test_the_writer_is_all_or_nothing(tmp_path):
         write(path, 3, fail=True)
     assert path.read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["images.npy", "s.h5"]
+
+
+@pytest.mark.parametrize("path", ["s.h5", "folder/s.h5"])
+def test_a_full_disk_is_known_before_anything_is_written(tmp_path, monkeypatch, path):
+    write(tmp_path / "s.h5", 3)
+    before = (tmp_path / "s.h5").read_bytes()
+
+    def full(handle, offset, n_bytes):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with (
+        pytest.raises(StoreError, match=r"take 1,200.0 GB, and no space left.*elsewhere") as found,
+        StoreWriter(
+            tmp_path / path, n_trials=30_000, n_voxels=10_000_000, dtype=np.float32, scale=1
+        ),
+    ):
+        raise AssertionError("not reached")
+    assert str(tmp_path / path) in str(found.value)
+    assert (tmp_path / "s.h5").read_bytes() == before
+    assert {p.name for p in tmp_path.rglob("*") if p.is_file()} == {"images.npy", "s.h5"}
+
+
+def test_a_file_system_that_cannot_reserve_space_will_do(tmp_path, monkeypatch):
+    write(tmp_path / "with.h5", 3, 5.0)
+
+    def unknown(handle, offset, n_bytes):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "posix_fallocate", unknown, raising=False)
+    write(tmp_path / "without.h5", 3, 5.0)
+    assert (tmp_path / "with.h5").read_bytes() == (tmp_path / "without.h5").read_bytes()
 
 
 def test_the_fingerprint_is_of_the_content(tmp_path):
