@@ -6,7 +6,8 @@
 A Stage 1 of the paper's size with random weights predicts random tokens. "Once" computes the two
 streams of a batch once and only what follows them under every intervention; "whole passes" runs
 the model again for each. Times are medians over the repeats, the two ways taking turns; ratios
-are to whole passes. Both ways must give the same predictions.
+are to whole passes. Both ways must give the same predictions. Operations are each way's own;
+bytes are the weights, read once.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from chasm.data.batches import Batch
 from chasm.data.datamodule import DataSizes
-from chasm.evaluation.cost import random_batch
+from chasm.evaluation.cost import count_flops, random_batch
 from chasm.interventions import (
     Intervention,
     Reference,
@@ -110,6 +111,18 @@ def donors_of_both(module: Stage1Module, batch: Batch, n_donors: int) -> dict[st
     return {"once": once, "whole passes": whole}
 
 
+class _Work(torch.nn.Module):
+    """A way as a model, so that its operations can be counted."""
+
+    def __init__(self, module: Stage1Module, predict: Callable[[], object]) -> None:
+        super().__init__()
+        self.module, self.predict = module, predict
+
+    def forward(self) -> None:
+        """Do it."""
+        self.predict()
+
+
 def check_equal(ways: dict[str, Predict]) -> None:
     """Refuse to time two ways that do not do the same."""
     for once, whole in zip(ways["once"](), ways["whole passes"](), strict=True):
@@ -136,17 +149,20 @@ def main() -> None:
     }
     check_equal(works["4 coalitions"])
     check_equal(donors_of_both(module, batch, 2))
+    weights = 4.0 * sum(p.numel() for p in module.parameters())
     rows = []
     for name, ways in works.items():
         console.print(f"timing {name}")
-        times = in_turns({"one pass": partial(module, batch), **ways}, given.repeats, warm=0)
+        steps = {"one pass": partial(module, batch), **ways}
+        times = in_turns(steps, given.repeats, warm=0)
         clean = median(times["one pass"])
         for way, found in times.items():
             cost = "" if way == "one pass" else f"{median(found) / clean:.2f} times one pass"
             reference_way = "whole passes" if way == "once" else None
             case = f"{name}, {images} images"
+            work = weights, count_flops(_Work(module, steps[way]))
             rows.append(
-                Row("ablations", case, way, median(found), reference=reference_way, note=cost)
+                Row("ablations", case, way, median(found), None, reference_way, *work, cost)
             )
     finish(rows, given)
 

@@ -5,7 +5,8 @@
 Ours reads, resizes, computes, checks and stores tokens, at the best of several batch sizes. The
 plain loop is the customary one: each image through PIL and timm's own transform (for the pyramid,
 ours), then the model, one at a time; tokens are kept in memory. Weights are random: time does not
-depend on them.
+depend on them. Bytes are those of an image's pixels and of its stored tokens; operations are
+matrix products and convolutions.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from measure import Row, finish, in_turns, options, seconds
 from PIL import Image
 
 from chasm.data.images import open_images
+from chasm.evaluation.cost import count_flops
 from chasm.features.backbones import PYRAMID, Backbone, BackboneSpec, create_backbone
 from chasm.features.extract import extract
 from chasm.progress import track
@@ -55,6 +57,13 @@ def ours(backbone: Backbone, pixels: Path, n_images: int, batch_size: int) -> No
         extract(images, backbone, np.arange(n_images), Path(root), batch_size=batch_size)
 
 
+def work(backbone: Backbone, image: np.ndarray) -> tuple[float, float]:
+    """Count the bytes and operations of an image."""
+    tokens = backbone.n_cls * backbone.cls_width + backbone.n_patches * backbone.patch_width
+    flops = count_flops(backbone, backbone.preprocess(image[None]))
+    return float(image.nbytes + 2 * tokens), float(flops)
+
+
 def measure(folder: Path, quick: bool, repeats: int) -> list[Row]:
     """Time every backbone, the ways taking turns."""
     rows = []
@@ -74,12 +83,13 @@ def measure(folder: Path, quick: bool, repeats: int) -> list[Row]:
         found = in_turns(
             {"plain loop": partial(plain_loop, backbone, images), "ours": steps[best]}, repeats
         )
+        moved, flops = work(backbone, images[0])
         for way, taken in found.items():
             rate = n_images / float(np.median(taken))
             rows.append(
                 Row(
                     "extract", name, way, float(np.median(taken)) / n_images,
-                    reference=None if way == "plain loop" else "plain loop",
+                    None, None if way == "plain loop" else "plain loop", moved, flops,
                     note=f"{rate:.1f} images/s" + f", batches of {best}" * (way == "ours"),
                 )
             )  # fmt: skip

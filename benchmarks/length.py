@@ -4,7 +4,8 @@
 
 Forward and backward of a batch of 8, dual-stream Mamba and the Transformer of
 experiments/paper/transformer.yaml, both 512 wide, taking turns. The exponent is the slope of
-log time over log tokens: 1 is linear, 2 is quadratic.
+log time over log tokens: 1 is linear, 2 is quadratic. Operations: three forward passes' (the
+backward pass has two); bytes: tokens and weights, which are read twice, and gradients written.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from measure import Row, finish, in_turns, options
 from torch import Tensor
 
+from chasm.evaluation.cost import count_flops
 from chasm.io import atomic_path
 from chasm.models.encoder import ParcelEncoder
 from chasm.models.stage1 import DualStreamEncoder
@@ -54,6 +56,15 @@ def make_step(way: str, tokens: int, quick: bool) -> Callable[[], object]:
         return torch.autograd.grad(loss, weights, allow_unused=True)
 
     return step
+
+
+def work(way: str, tokens: int, quick: bool) -> tuple[float, float]:
+    """Count bytes and operations of a step at the least."""
+    encoder = make_encoder(way, tokens, quick).eval()
+    width = encoder.patch_scaler.mean.shape[-1]
+    flops = count_flops(encoder, torch.randn(1, 1, width), torch.randn(1, tokens, width))
+    weights = sum(p.numel() for p in encoder.parameters())
+    return 4.0 * (3 * weights + BATCH * (tokens + 1) * width), 3.0 * BATCH * flops
 
 
 def exponents(rows: Sequence[Row]) -> dict[str, float]:
@@ -103,9 +114,12 @@ def main() -> None:
         for way, taken in in_turns(steps, given.repeats).items():
             found[way, tokens] = median(taken)
     rows = [
-        Row("length", f"{tokens} tokens", way, seconds, reference=THEIRS if way == OURS else None)
+        Row(
+            "length", f"{tokens} tokens", way, seconds, None, THEIRS if way == OURS else None,
+            *work(way, tokens, given.quick),
+        )
         for (way, tokens), seconds in found.items()
-    ]
+    ]  # fmt: skip
     finish(rows, given)
 
 
