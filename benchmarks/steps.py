@@ -265,7 +265,7 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--stages", nargs="+", type=int, choices=(1, 2), default=[1, 2])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--rounds", type=int, default=2, help="turns each way takes")
+    parser.add_argument("--rounds", type=int, default=3, help="turns each way takes")
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)

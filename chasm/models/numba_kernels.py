@@ -9,33 +9,33 @@ looks at this file alone.
 
 from __future__ import annotations
 
-import logging
 import math
-import time
-from collections.abc import Callable
-from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import torch
 from llvmlite import ir
 from numba import carray, njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic, overload
-
-log = logging.getLogger(__name__)
 
 LANES = 64
 """Channels side by side, at most: what the backward pass needs of them fits a second cache."""
+_LINE = 16
+"""Channels in a line of a cache (64 bytes of float32)."""
 _FAST = {"contract", "reassoc", "nsz", "arcp"}
 """Floating-point freedoms: fused products, sums in any order; NaN and infinity stay."""
-_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": _FAST}
+OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": _FAST}
 
 _ONE = np.float32(1)
-_LOWEST, _HIGHEST = np.float32(-126), np.float32(128)
 LOG2_E, _LN_2 = math.log2(math.e), math.log(2)
-_E1, _E2, _E3, _E4, _E5, _E6 = (
-    np.float32(math.log(2) ** k / math.factorial(k)) for k in range(1, 7)
+_LOWEST = np.float32(-126)
+_ROUND = np.float32(1.5 * 2**23 + 127)
+"""Added to a number, leaves its whole part plus an exponent's bias in the lowest bits."""
+_HIGHEST = _ROUND + np.float32(128)
+_E1, _E2, _E3, _E4, _E5 = (
+    np.float32(c) for c in (0.69314698, 0.24022242, 0.055507337, 0.0096715128, 0.0013264727)
 )
+"""2 ** f - 1 on [-.5, .5]; the largest relative error is as small as five terms allow (9e-8)."""
 _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8 = (np.float32(2 / (2 * k + 1)) for k in range(8))
 
 
@@ -44,26 +44,51 @@ _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8 = (np.float32(2 / (2 * k + 1)) for k in r
 
 
 @intrinsic
-def _nearest(_: Any, x: Any) -> Any:
-    """Round a float32 to the nearest whole number."""
+def _plus(_: Any, x: Any, y: Any) -> Any:
+    """Add two float32 as written; sums in any order would undo a rounding."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        name = "llvm.nearbyint"
-        return builder.call(builder.module.declare_intrinsic(name, [ir.FloatType()]), arguments)
+        return builder.fadd(*arguments, flags=("contract",))
+
+    return types.float32(types.float32, types.float32), generate
+
+
+@intrinsic
+def _two_to(_: Any, rounded: Any) -> Any:
+    """2 ** whole of what adding `_ROUND` gave: its lowest bits become the exponent's."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(32)
+        bits = builder.bitcast(arguments[0], word)
+        return builder.bitcast(builder.shl(bits, word(23)), ir.FloatType())
 
     return types.float32(types.float32), generate
 
 
 @intrinsic
-def _two_to(_: Any, whole: Any) -> Any:
-    """2 ** whole for a whole float32 in [-126, 128], by setting the exponent's bits."""
+def _place(_: Any, array: Any, b: Any, t: Any, d: Any) -> Any:
+    """Point at a number of a three-dimensional array."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        word = ir.IntType(32)
-        exponent = builder.add(builder.fptosi(arguments[0], word), word(127))
-        return builder.bitcast(builder.shl(exponent, word(23)), ir.FloatType())
+        kind, (array, *index) = signature.args[0], arguments
+        found = context.make_array(kind)(context, builder, array)
+        return cgutils.get_item_pointer(context, builder, kind, found, index)
 
-    return types.float32(types.float32), generate
+    return types.CPointer(array.dtype)(array, types.intp, types.intp, types.intp), generate
+
+
+@intrinsic
+def _prefetch(_: Any, place: Any) -> Any:
+    """Have what lies at a place brought to the second cache."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word, byte = ir.IntType(32), ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+        call = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        builder.call(call, [builder.bitcast(arguments[0], byte), word(0), word(2), word(1)])
+        return context.get_dummy_value()
+
+    return types.none(place), generate
 
 
 @intrinsic
@@ -86,13 +111,13 @@ def _exp2(x: Any) -> Any:
 
 
 def _exp2_narrow(x: Any) -> Any:
-    """Taylor's polynomial on [-.5, .5] and an exponent, within 2e-7; vectorises."""
+    """Join a polynomial on [-.5, .5] and an exponent, within 2e-7; vectorises."""
     x = _LOWEST if x < _LOWEST else x
-    x = _HIGHEST if x > _HIGHEST else x
-    whole: Any = _nearest(x)
-    f = x - whole
-    p = (((_E6 * f + _E5) * f + _E4) * f + _E3) * f + _E2
-    return ((p * f + _E1) * f + _ONE) * _two_to(whole)
+    rounded: Any = _plus(x, _ROUND)
+    rounded = _HIGHEST if rounded > _HIGHEST else rounded
+    f = x - _plus(rounded, -_ROUND)
+    p = (((_E5 * f + _E4) * f + _E3) * f + _E2) * f + _E1
+    return (p * f + _ONE) * _two_to(rounded)
 
 
 def _log1p(x: Any) -> Any:
@@ -119,11 +144,22 @@ def _choose_log1p(x: Any) -> Any:
 
 
 @njit
+def _ahead(arrays: Any, b: int, start: int, count: int, first: int, width: int) -> None:
+    """Have a few channels of some steps, needed soon, brought to the second cache.
+
+    They lie too far apart for the processor to foresee.
+    """
+    for values in arrays:
+        for k in range(count):
+            for i in range(0, width, _LINE):
+                _prefetch(_place(values, b, start + k, first + i))
+
+
+@njit
 def _load(values: Any, b: int, start: int, count: int, first: int, width: int, rows: Any) -> None:
-    """Take a few channels of some steps."""
+    """Take a few channels of some steps; channels lie side by side."""
     for k in range(count):
-        # An index that could be negative keeps a loop from being vectorised; a part of it cannot.
-        row, source = rows[k], values[b, start + k, first : first + width]
+        row, source = rows[k], carray(_place(values, b, start + k, first), (width,))
         for i in range(width):
             row[i] = source[i]
 
@@ -131,7 +167,7 @@ def _load(values: Any, b: int, start: int, count: int, first: int, width: int, r
 @njit
 def _store(rows: Any, values: Any, b: int, start: int, count: int, first: int, width: int) -> None:
     for k in range(count):
-        row, target = rows[k], values[b, start + k, first : first + width]
+        row, target = rows[k], carray(_place(values, b, start + k, first), (width,))
         for i in range(width):
             target[i] = row[i]
 
@@ -174,7 +210,7 @@ def _sigmoid(row: Any, result: Any, width: int) -> None:
         result[i] = share if row[i] >= number(0) else small * share
 
 
-def _forward(
+def forward(
     u: Any, delta: Any, rate: Any, B: Any, C: Any, D: Any, bias: Any, z: Any,
     softplus: bool, gated: bool, y: Any, kept: Any, length: int, b: int, first: int, last: int,
 ) -> None:  # fmt: skip
@@ -204,6 +240,8 @@ def _forward(
             _load(delta, b, start, count, d, width, raws)
             if gated:
                 _load(z, b, start, count, d, width, gates)
+            after = start + length
+            _ahead((u, delta, z, y), b, after, min(length, n_steps - after), d, width)
             for k in range(count):
                 x, raw, gate, total = xs[k], raws[k], gates[k], totals[k]
                 for i in range(width):
@@ -226,7 +264,7 @@ def _forward(
             _store(totals, y, b, start, count, d, width)
 
 
-def _backward(
+def backward(
     u: Any, delta: Any, rate: Any, B: Any, C: Any, D: Any, bias: Any, z: Any,
     softplus: bool, gated: bool, grad: Any, kept: Any, length: int,
     du: Any, ddelta: Any, dA: Any, dB: Any, dC: Any, dD: Any, dbias: Any, dz: Any,
@@ -272,6 +310,10 @@ def _backward(
             _load(grad, b, start, count, d, width, grads)
             if gated:
                 _load(z, b, start, count, d, width, gates)
+            if part > 0:
+                _ahead((u, delta, z, grad, du, ddelta), b, start - length, length, d, width)
+                if gated:
+                    _ahead((dz,), b, start - length, length, d, width)
             for k in range(count):
                 x, raw, step = xs[k], raws[k], steps[k]
                 for i in range(width):
@@ -336,39 +378,3 @@ def _backward(
             if gated:
                 _store(gates, dz, b, start, count, d, width)
         dA[:, d : d + width] += sums[:, :width]
-
-
-@cache
-def compiled(name: str, dtype: torch.dtype) -> Callable[..., None]:
-    """Compile a kernel for one dtype, or read it from Numba's cache.
-
-    Parameters
-    ----------
-    name
-        "forward" or "backward".
-    dtype
-        float32 or float64.
-    """
-    number: Any = {torch.float32: types.float32, torch.float64: types.float64}[dtype]
-    sequence, strided = number[:, :, ::1], number[:, :, :]
-    matrix, vector = number[:, ::1], number[::1]
-    kept, index, flag = number[:, :, :, ::1], types.intp, types.boolean
-    inputs = (sequence, sequence, matrix, strided, strided, vector, vector, strided, flag, flag)
-    place = (index, index, index)
-    function: Any = {"forward": _forward, "backward": _backward}[name]
-    if name == "forward":
-        signature = types.void(*inputs, sequence, kept, index, *place)
-    else:
-        sums = (matrix, matrix, matrix, vector, vector)
-        signature = types.void(
-            *inputs, sequence, kept, index, sequence, sequence, *sums, sequence, *place
-        )
-    started = time.perf_counter()
-    try:
-        kernel: Any = njit(signature, cache=True, **_OPTIONS)(function)
-    except RuntimeError:  # no folder that Numba can write to
-        kernel = njit(signature, **_OPTIONS)(function)
-    seconds = time.perf_counter() - started
-    if seconds > 1:
-        log.info("compiled the scan (%s) for this CPU in %.0f s, once", name, seconds)
-    return cast(Callable[..., None], kernel)

@@ -7,18 +7,21 @@ do not depend on the number of threads.
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from numba import njit, types
 from torch import Tensor
 
-from chasm.models.numba_kernels import LANES, LOG2_E, compiled
+from chasm.models.numba_kernels import LANES, LOG2_E, OPTIONS, backward, forward
 from chasm.models.scan_arguments import (
     ScanArguments,
     ScanGradients,
@@ -26,6 +29,8 @@ from chasm.models.scan_arguments import (
     n_parts,
     part_length,
 )
+
+log = logging.getLogger(__name__)
 
 _KINDS = {torch.float32: np.float32, torch.float64: np.float64}
 _TASKS = 16
@@ -62,7 +67,7 @@ class NumbaScan:
         dA = np.zeros((batch, states, channels), kind)
         dD, dbias = np.zeros((2, batch, channels), kind)
         kernel, inputs = compiled("backward", dtype), _inputs(x, dtype)
-        fixed = np.ascontiguousarray(_array(grad, dtype)), kept.numpy(), part_length(n_steps)
+        fixed = _rows(grad, dtype), kept.numpy(), part_length(n_steps)
         rows, last_rows = (du.mT.numpy(), ddelta.mT.numpy()), dz.mT.numpy()
 
         def scan_back(b: int, first: int, last: int) -> None:
@@ -81,6 +86,42 @@ class NumbaScan:
             None if x.z is None else dz.to(x.z.dtype),
             None if x.delta_bias is None else _total(dbias).to(x.delta_bias.dtype),
         )
+
+
+@cache
+def compiled(name: str, dtype: torch.dtype) -> Callable[..., None]:
+    """Compile a kernel for one dtype, or read it from Numba's cache.
+
+    Parameters
+    ----------
+    name
+        "forward" or "backward".
+    dtype
+        float32 or float64.
+    """
+    number: Any = {torch.float32: types.float32, torch.float64: types.float64}[dtype]
+    sequence, matrix, vector = number[:, :, :], number[:, ::1], number[::1]
+    kept, index, flag = number[:, :, :, ::1], types.intp, types.boolean
+    five = (sequence, sequence, matrix, sequence, sequence)
+    inputs = (*five, vector, vector, sequence, flag, flag)
+    place = (index, index, index)
+    function: Any = {"forward": forward, "backward": backward}[name]
+    if name == "forward":
+        signature = types.void(*inputs, sequence, kept, index, *place)
+    else:
+        sums = (matrix, matrix, matrix, vector, vector)
+        signature = types.void(
+            *inputs, sequence, kept, index, sequence, sequence, *sums, sequence, *place
+        )
+    started = time.perf_counter()
+    try:
+        kernel: Any = njit(signature, cache=True, **OPTIONS)(function)
+    except RuntimeError:  # no folder that Numba can write to
+        kernel = njit(signature, **OPTIONS)(function)
+    seconds = time.perf_counter() - started
+    if seconds > 1:
+        log.info("compiled the scan (%s) for this CPU in %.0f s, once", name, seconds)
+    return cast(Callable[..., None], kernel)
 
 
 def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -102,13 +143,18 @@ def _array(values: Tensor, dtype: torch.dtype) -> npt.NDArray[Any]:
     return array
 
 
+def _rows(values: Tensor, dtype: torch.dtype) -> npt.NDArray[Any]:
+    """Give an array as `_array` does, with the channels of a step side by side."""
+    array = _array(values, dtype)
+    return array if array.strides[2] == array.itemsize else np.ascontiguousarray(array)
+
+
 def _inputs(x: ScanArguments, dtype: torch.dtype) -> tuple[Any, ...]:
     """Give what both kernels get first; zeros stand for what is not there."""
     none = torch.zeros(x.u.shape[1], dtype=dtype)
     skip, bias = (none if v is None else v.detach().to(dtype) for v in (x.D, x.delta_bias))
     rate = (x.A.detach().to(dtype).T * LOG2_E).contiguous()
-    z = _array(x.u if x.z is None else x.z, dtype)
-    u, delta = (np.ascontiguousarray(_array(values, dtype)) for values in (x.u, x.delta))
+    u, delta, z = (_rows(values, dtype) for values in (x.u, x.delta, x.u if x.z is None else x.z))
     B, C = _array(x.B, dtype), _array(x.C, dtype)
     skips = skip.contiguous().numpy(), bias.contiguous().numpy()
     return u, delta, rate.numpy(), B, C, *skips, z, x.delta_softplus, x.z is not None

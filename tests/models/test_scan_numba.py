@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from chasm.models import numba_kernels
+from chasm.models import numba_kernels, numba_scan
 from chasm.models.numba_kernels import LANES
 from chasm.models.numba_scan import NumbaScan
 from chasm.models.scan import selective_scan
@@ -99,6 +99,47 @@ def test_what_is_not_finite_is_not_hidden(name, value):
     assert torch.equal(y.isinf(), expected.isinf())
 
 
+@pytest.mark.parametrize("layout", ["time side by side", "rows in wider rows"])
+def test_any_layout_gives_the_same_bits(layout):
+    x = make_arguments()
+
+    def lay(values):
+        if layout == "time side by side":
+            return values.contiguous()
+        wider = torch.full((*values.mT.shape[:2], 3 * values.shape[1]), float("nan"))
+        wider[..., values.shape[1] : 2 * values.shape[1]] = values.mT
+        return wider[..., values.shape[1] : 2 * values.shape[1]].mT
+
+    sequences = {name: lay(getattr(x, name)) for name in ("u", "delta", "B", "C", "z")}
+    same = all_of(x._replace(**sequences))
+    assert all(torch.equal(a, b) for a, b in zip(same, all_of(x), strict=True))
+
+
+def test_decays_are_exact_to_the_last_bits_of_float32():
+    # One state, set to 1 by the first step and left alone by the second but for its decay.
+    exponents = torch.cat(
+        [torch.zeros(1), -torch.logspace(-6, 1.9, 500), torch.logspace(-6, 1, 99)]
+    )
+    n = len(exponents)
+    x = ScanArguments(
+        u=torch.tensor([1.0, 0.0]).expand(1, n, 2),
+        delta=torch.ones(1, n, 2),
+        A=exponents[:, None],
+        B=torch.ones(1, 1, 2),
+        C=torch.ones(1, 1, 2),
+        D=None,
+        z=None,
+        delta_bias=None,
+        delta_softplus=False,
+    )
+    found = NumbaScan().forward(x, keep=False)[0][0, :, 1]
+    exact = exponents.double().exp()
+    # Half an ulp of the exponent times log2 e is in what the kernel is given already.
+    allowed = 3e-7 + exponents.abs().double() * 1.2e-7
+    assert ((found / exact - 1).abs() <= allowed).all()
+    assert found[0] == 1
+
+
 def test_growing_states_overflow_as_elsewhere():
     x = make_arguments(batch=1, channels=2, time=8)
     x = x._replace(A=x.A.abs() * 400, delta=x.delta.abs() + 1)
@@ -111,7 +152,7 @@ def test_growing_states_overflow_as_elsewhere():
 def test_a_second_process_reads_the_compiled_kernel():
     all_of(make_arguments())
     code = (
-        "import torch; from chasm.models.numba_kernels import compiled;"
+        "import torch; from chasm.models.numba_scan import compiled;"
         "kernel = compiled('forward', torch.float32);"
         "assert sum(kernel.stats.cache_hits.values()) == 1, kernel.stats"
     )
@@ -128,7 +169,7 @@ def test_without_a_folder_for_the_cache_it_still_compiles(monkeypatch):
             raise RuntimeError("cannot cache function: no locator available")
         return lambda function: function
 
-    monkeypatch.setattr(numba_kernels, "njit", njit)
-    kernel = numba_kernels.compiled.__wrapped__("forward", torch.float32)
-    assert kernel is numba_kernels._forward
+    monkeypatch.setattr(numba_scan, "njit", njit)
+    kernel = numba_scan.compiled.__wrapped__("forward", torch.float32)
+    assert kernel is numba_kernels.forward
     assert tried == [True, False]
