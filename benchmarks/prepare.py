@@ -180,7 +180,7 @@ def main() -> None:
         return
     from measure import finish, options
 
-    parser = options(__doc__)
+    parser = options(__doc__, repeats=5)
     parser.add_argument("--folder", type=Path, help="where the simulated tree is made and kept")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="chasm-prepare-") as folder:

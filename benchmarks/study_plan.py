@@ -30,7 +30,7 @@ import h5py
 import numpy as np
 import torch
 
-from chasm.data.beta_files import read_session
+from chasm.data.beta_files import SessionReader
 from chasm.data.datamodule import DataSizes
 from chasm.data.nsd_facts import NSD_SUBJECTS, TRIALS_PER_SESSION
 from chasm.evaluation.cost import random_batch
@@ -157,7 +157,8 @@ def measure_session(device: str, repeats: int) -> dict[str, float]:
             )  # fmt: skip
             for x, y, z in np.argwhere(mask).tolist():
                 betas.id.write_direct_chunk((0, z, y, x), values.tobytes())
-        taken = seconds(lambda: read_session(path, mask, TRIALS_PER_SESSION), "cpu", repeats)
+        reader = SessionReader(mask, TRIALS_PER_SESSION)
+        taken = seconds(lambda: reader.read(path), "cpu", repeats)
     return {"seconds": taken, "bytes": 2 * TRIALS_PER_SESSION * VOXELS}
 
 

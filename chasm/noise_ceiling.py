@@ -78,11 +78,11 @@ class NoiseAccumulator:
             (images, units) float64, their means over repeats.
         """
         n, k = repeats.shape[:2]
-        means = repeats.mean(axis=1, dtype=np.float64)
+        values = repeats.astype(np.float64)
+        means = values.mean(axis=1)
         if n and k > 1:
-            for repeat in range(k):
-                difference = repeats[:, repeat] - means
-                self._within += np.einsum("iu,iu->u", difference, difference)
+            values -= means[:, np.newaxis]
+            self._within += np.einsum("iku,iku->u", values, values)
             self._freedom += n * (k - 1)
             self.n_images += n
         return means

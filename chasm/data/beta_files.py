@@ -21,66 +21,95 @@ _VOXELS_AT_ONCE = 256
 _FETCH = "Fetch this session again"
 
 
-def check_session(path: Path, volume_shape: tuple[int, ...], n_trials: int) -> None:
-    """Check a beta file's form without reading its values.
+class SessionReader:
+    """Read the betas of the voxels in a mask, one session at a time.
 
     Parameters
     ----------
-    path
-        betas_sessionYY.hdf5 or .nii.gz.
-    volume_shape
-        (X, Y, Z) of the mask.
-    n_trials
-        Trials of a session.
-
-    Raises
-    ------
-    DataError
-        If the file is truncated, its values are not int16, its axes are in another order, or
-        its number of trials is not `n_trials`.
-    """
-    if path.name.endswith(".hdf5"):
-        expected = (n_trials, *volume_shape[::-1])
-        with _open_hdf5(path) as file:
-            betas = file["betas"]
-            _check_form(f"{path}:betas", betas.shape, betas.dtype, expected, "(trials, Z, Y, X)")
-        return
-    betas = _open_nifti(path)
-    expected = (*volume_shape, n_trials)
-    _check_form(path, betas.shape, betas.dtype, expected, "(X, Y, Z, trials)")
-
-
-def read_session(path: Path, mask: np.ndarray, n_trials: int) -> np.ndarray:
-    """Read the betas of the voxels in a mask.
-
-    Parameters
-    ----------
-    path
-        betas_sessionYY.hdf5 or .nii.gz.
     mask
         (X, Y, Z) bool.
     n_trials
         Trials of a session.
-
-    Returns
-    -------
-    np.ndarray
-        (voxels, trials) int16, percent signal change × 300; voxels in C order of the mask.
-
-    Raises
-    ------
-    DataError
-        As `check_session`, or if values cannot be read.
     """
-    check_session(path, mask.shape, n_trials)
-    try:
-        if not path.name.endswith(".hdf5"):
-            return _read_nifti(path, mask)
-        with _open_hdf5(path) as file:
-            return _read_hdf5(file["betas"], mask)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(path, f"is damaged or truncated ({line})", _FETCH) from error
+
+    def __init__(self, mask: np.ndarray, n_trials: int) -> None:
+        self._mask, self._n_trials = mask, n_trials
+        axes = np.nonzero(mask)
+        order = np.lexsort(axes)  # that of the file, whose axes are reversed
+        self._rows = order.tolist()
+        self._chunks = [(0, *zyx) for zyx in np.stack(axes[::-1], axis=1)[order].tolist()]
+
+    def check(self, path: Path) -> None:
+        """Check a beta file's form without reading its values.
+
+        Parameters
+        ----------
+        path
+            betas_sessionYY.hdf5 or .nii.gz.
+
+        Raises
+        ------
+        DataError
+            If the file is truncated, its values are not int16, its axes are in another order, or
+            it has another number of trials.
+        """
+        shape = self._mask.shape
+        if path.name.endswith(".hdf5"):
+            expected = (self._n_trials, *shape[::-1])
+            with _open_hdf5(path) as file:
+                betas = file["betas"]
+                where = f"{path}:betas"
+                _check_form(where, betas.shape, betas.dtype, expected, "(trials, Z, Y, X)")
+            return
+        betas = _open_nifti(path)
+        _check_form(path, betas.shape, betas.dtype, (*shape, self._n_trials), "(X, Y, Z, trials)")
+
+    def read(self, path: Path) -> np.ndarray:
+        """Read the betas of a session.
+
+        Parameters
+        ----------
+        path
+            betas_sessionYY.hdf5 or .nii.gz.
+
+        Returns
+        -------
+        np.ndarray
+            (voxels, trials) int16, percent signal change × 300; voxels in C order of the mask.
+
+        Raises
+        ------
+        DataError
+            As `check`, or if values cannot be read.
+        """
+        self.check(path)
+        try:
+            if not path.name.endswith(".hdf5"):
+                return _read_nifti(path, self._mask)
+            with _open_hdf5(path) as file:
+                return self._read_hdf5(file["betas"])
+        except (OSError, EOFError, ValueError, zlib.error) as error:
+            line = (str(error).splitlines() or [type(error).__name__])[0]
+            raise DataError(path, f"is damaged or truncated ({line})", _FETCH) from error
+
+    def _read_hdf5(self, betas: h5py.Dataset) -> np.ndarray:
+        plain = betas.id.get_create_plist().get_nfilters() == 0
+        if betas.chunks == (self._n_trials, 1, 1, 1) and plain:
+            return self._read_voxel_chunks(betas)
+        if betas.chunks is not None and betas.chunks[1] > 1:
+            return _read_trial_blocks(betas, self._mask)
+        return _read_slabs(betas, self._mask)
+
+    def _read_voxel_chunks(self, betas: h5py.Dataset) -> np.ndarray:
+        """Read one raw chunk per voxel; a chunk that was never written holds zeros."""
+        result = np.empty((len(self._rows), self._n_trials), dtype=np.int16)
+        raw, read = result.view(np.uint8), betas.id.read_direct_chunk
+        for row, chunk in zip(self._rows, self._chunks, strict=True):
+            try:
+                read(chunk, out=raw[row])
+            except (OSError, RuntimeError):
+                result[row] = betas[(slice(None), *chunk[1:])]
+        return result
 
 
 def by_trial(betas: np.ndarray) -> np.ndarray:
@@ -142,34 +171,12 @@ def _check_form(
         )
 
 
-def _read_hdf5(betas: h5py.Dataset, mask: np.ndarray) -> np.ndarray:
-    n_trials = betas.shape[0]
+def _read_slabs(betas: h5py.Dataset, mask: np.ndarray) -> np.ndarray:
     x, y, z = np.nonzero(mask)
-    plain = betas.id.get_create_plist().get_nfilters() == 0
-    if betas.chunks == (n_trials, 1, 1, 1) and plain:
-        return _read_voxel_chunks(betas, x, y, z)
-    if betas.chunks is not None and betas.chunks[1] > 1:
-        return _read_trial_blocks(betas, mask)
-    result = np.empty((len(x), n_trials), dtype=np.int16)
+    result = np.empty((len(x), betas.shape[0]), dtype=np.int16)
     for slab in np.unique(z):
         here = z == slab
         result[here] = betas[:, int(slab)][:, y[here], x[here]].T
-    return result
-
-
-def _read_voxel_chunks(
-    betas: h5py.Dataset, x: np.ndarray, y: np.ndarray, z: np.ndarray
-) -> np.ndarray:
-    """Read one raw chunk per voxel; a chunk that was never written holds zeros."""
-    result = np.empty((len(x), betas.shape[0]), dtype=np.int16)
-    raw, read = result.view(np.uint8), betas.id.read_direct_chunk
-    order = np.lexsort((x, y, z))  # that of the file, whose axes are reversed
-    places = (axis[order].tolist() for axis in (z, y, x))
-    for voxel, *place in zip(order.tolist(), *places, strict=True):
-        try:
-            read((0, *place), out=raw[voxel])
-        except (OSError, RuntimeError):
-            result[voxel] = betas[(slice(None), *place)]
     return result
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from chasm.data.beta_files import by_trial, check_session, read_session
+from chasm.data.beta_files import SessionReader, by_trial
 from chasm.data.images import FINGERPRINT_IMAGES, Hdf5Images
 from chasm.data.nsd import BETA_SCALE, NSDTree, RoiVolume, load_volume
 from chasm.data.repeat_noise import recompute_ncsnr
@@ -99,8 +99,9 @@ def prepare_nsd(
     if not overwrite and is_current(out, made_from, _identity(plan)):
         log.info("%s is current", out)
         return out
+    reader = SessionReader(plan.mask, plan.n_trials)
     for path in plan.files.values():
-        check_session(path, plan.mask.shape, plan.n_trials)
+        reader.check(path)
     with StoreWriter(
         out,
         n_trials=len(plan.image_ids),
@@ -108,7 +109,7 @@ def prepare_nsd(
         dtype=np.int16,
         scale=BETA_SCALE,
     ) as writer:
-        read = _write_betas(plan, writer)
+        read = _write_betas(plan, reader, writer)
         keep = ~(read.zero | read.constant)
         _check_enough(plan, keep)
         writer.keep(keep)
@@ -239,7 +240,7 @@ class _Read:
     statistics: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-def _write_betas(plan: _Plan, writer: StoreWriter) -> _Read:
+def _write_betas(plan: _Plan, reader: SessionReader, writer: StoreWriter) -> _Read:
     """Copy every session's masked betas into the store and take their statistics on the way."""
     shape = (len(plan.files), int(plan.mask.sum()))
     zero, constant = np.zeros((2, shape[1]), dtype=bool)
@@ -263,7 +264,7 @@ def _write_betas(plan: _Plan, writer: StoreWriter) -> _Read:
     with ThreadPoolExecutor(1) as behind:
         last = None
         for row, path in track(list(enumerate(plan.files.values())), "preparing sessions"):
-            betas = read_session(path, plan.mask, plan.n_trials)
+            betas = reader.read(path)
             if last is not None:
                 last.result()
             last = behind.submit(write, row, betas)
