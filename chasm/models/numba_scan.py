@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -179,14 +180,19 @@ def _share(work: Callable[[int, int, int], None], batch: int, channels: int) -> 
         for first in range(0, channels, width)
     ]
     count = min(torch.get_num_threads(), len(tasks))
+    left = deque(tasks)
 
-    def go(part: int) -> None:
-        for task in tasks[part::count]:
+    def go() -> None:
+        while True:
+            try:
+                task = left.popleft()  # not a fixed share: any thread may be held up
+            except IndexError:
+                return
             work(*task)
 
-    # This thread does a part itself; to hand on single tasks would take longer than small ones do.
-    others = [_threads(count - 1, os.getpid()).submit(go, part) for part in range(1, count)]
-    go(0)
+    # This thread works, too; to submit single tasks would take longer than small ones do.
+    others = [_threads(count - 1, os.getpid()).submit(go) for _ in range(1, count)]
+    go()
     for other in others:
         other.result()
 
