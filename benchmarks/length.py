@@ -91,7 +91,14 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             tokens, [row.seconds for row in mine], "o-", color=_COLOURS.get(way),
             label=f"{way}: time ~ tokens^{slope:.2f}",
         )  # fmt: skip
+    first = next(row for row in rows if row.way == OURS)
+    start = int(first.case.split()[0])
+    linear = [first.seconds * n / start for n in tokens]
+    axes.loglog(tokens, linear, "--", color="0.6", zorder=0, label="linear: tokens^1")
     axes.set_xticks(tokens, [str(n) for n in tokens])
+    seconds = [2.0**power for power in range(-10, 11)]
+    shown = [each for each in seconds if axes.get_ylim()[0] <= each <= axes.get_ylim()[1]]
+    axes.set_yticks(shown, [f"{each:g}" for each in shown])
     axes.minorticks_off()
     axes.set_xlabel("patch tokens per image")
     axes.set_ylabel(f"s, forward + backward of {BATCH} images")
