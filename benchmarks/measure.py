@@ -216,28 +216,30 @@ def apart(script: str | Path, *arguments: object, answer: bool = True) -> Any:
 
 
 def apart_in_turns(
-    script: str | Path, ways: Mapping[str, Sequence[object]], rounds: int
+    script: str | Path, ways: Mapping[str, Sequence[object]], rounds: int | Mapping[str, int]
 ) -> dict[str, dict[str, float | None]]:
     """Run the arguments of each way in fresh processes, in turns.
 
-    Each process says ``{"seconds": ..., "memory_mb": ...}`` (`say`).
+    Each process says ``{"seconds": ..., "memory_mb": ...}`` (`say`). `rounds` may differ by way.
 
     Returns
     -------
     dict
         By way, the median of the seconds, the largest memory, and what else the first one said.
     """
-    turns: list[dict[str, Any]] = [{} for _ in range(rounds)]
-    plan = [(turn, way) for turn in turns for way in ways]
-    for number, (turn, way) in enumerate(plan, 1):
-        turn[way] = apart(script, *ways[way])
+    count = dict.fromkeys(ways, rounds) if isinstance(rounds, int) else dict(rounds)
+    plan = [(turn, way) for turn in range(max(count.values())) for way in ways]
+    plan = [(turn, way) for turn, way in plan if turn < count[way]]
+    said: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+    for number, (_, way) in enumerate(plan, 1):
+        said[way].append(apart(script, *ways[way]))
         console.print(f"{Path(script).stem}: {way} ({number} of {len(plan)})", markup=False)
     found: dict[str, dict[str, float | None]] = {}
-    for way in ways:
-        memory = [turn[way]["memory_mb"] for turn in turns if turn[way]["memory_mb"] is not None]
+    for way, turns in said.items():
+        memory = [turn["memory_mb"] for turn in turns if turn["memory_mb"] is not None]
         found[way] = {
-            **turns[0][way],
-            "seconds": median(turn[way]["seconds"] for turn in turns),
+            **turns[0],
+            "seconds": median(turn["seconds"] for turn in turns),
             "memory_mb": max(memory, default=None),
         }
     return found

@@ -44,7 +44,9 @@ from chasm.training.recipes import Recipe
 
 ROOT = Path(__file__).parents[1]
 
-WAYS = ("published", "numba", "torch", "scan removed")
+WAYS = ("published", "torch", "numba", "scan removed")
+CLOSE = WAYS[2:]
+"""Ways compared within a fifth: next to each other, and two turns more than the others."""
 BATCH = {1: 32, 2: 16}
 """Trials in a step, by stage: the paper's text."""
 
@@ -245,7 +247,8 @@ def rows_of(stage: int, folder: Path, given: argparse.Namespace) -> list[Row]:
     common = ["--threads", given.threads, "--repeats", given.repeats, "--data", folder]
     common += ["--quick"] * given.quick
     ways = {way: ["--worker", f"{stage}:{way}", *common] for way in given.ways}
-    found = apart_in_turns(__file__, ways, given.rounds)
+    rounds = {way: given.rounds + 2 * (way in CLOSE and not given.quick) for way in ways}
+    found = apart_in_turns(__file__, ways, rounds)
     flops, moved = work_of(stage, folder, given.quick)
     case = f"stage {stage}, batch {BATCH[stage]}"
     rows = []
@@ -265,7 +268,7 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--stages", nargs="+", type=int, choices=(1, 2), default=[1, 2])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--rounds", type=int, default=3, help="turns each way takes")
+    parser.add_argument("--rounds", type=int, default=3, help="turns a way takes")
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)

@@ -116,6 +116,21 @@ def test_a_fresh_process_answers_or_says_why_not(tmp_path):
     assert found["b"] == {"seconds": 3.0, "memory_mb": None}
 
 
+def test_ways_may_take_more_turns_than_others(monkeypatch):
+    import measure
+
+    seen = []
+
+    def answer(script, way):
+        seen.append(way)
+        return {"seconds": float(len(seen)), "memory_mb": len(seen)}
+
+    monkeypatch.setattr(measure, "apart", answer)
+    found = measure.apart_in_turns("script", {"a": "a", "b": "b"}, {"a": 1, "b": 3})
+    assert "".join(seen) == "abbb"
+    assert found["b"] == {"seconds": 3.0, "memory_mb": 4}
+
+
 # The published way.
 
 
