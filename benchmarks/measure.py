@@ -228,7 +228,7 @@ def apart_in_turns(
         By way, the median of the seconds, the largest memory, and what else the first one said.
     """
     count = dict.fromkeys(ways, rounds) if isinstance(rounds, int) else dict(rounds)
-    plan = [(turn, way) for turn in range(max(count.values())) for way in ways]
+    plan = [(turn, way) for turn in range(max(count.values(), default=0)) for way in ways]
     plan = [(turn, way) for turn, way in plan if turn < count[way]]
     said: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
     for number, (_, way) in enumerate(plan, 1):

@@ -129,6 +129,7 @@ def test_ways_may_take_more_turns_than_others(monkeypatch):
     found = measure.apart_in_turns("script", {"a": "a", "b": "b"}, {"a": 1, "b": 3})
     assert "".join(seen) == "abbb"
     assert found["b"] == {"seconds": 3.0, "memory_mb": 4}
+    assert measure.apart_in_turns("script", {}, 2) == {}
 
 
 # The published way.
