@@ -165,9 +165,9 @@ def _working_folder(run: Path, settings: Mapping[str, Any]) -> Path:
 
 
 def _place(base: Path, path: str) -> Path:
-    """Find what a run calls by this path, from here or from where it was trained."""
-    here, there = Path(path), base / path
-    return there if there.exists() and not here.exists() else here
+    """Find what a run calls by this path, from where it was trained or, if not there, from here."""
+    there = base / path
+    return there if there.exists() else Path(path)
 
 
 def _spec(path: Path, settings: Mapping[str, Any], place: Callable[[str], Path]) -> BackboneSpec:

@@ -94,9 +94,16 @@ def test_each_step_alone_gives_the_same_run(workspace, capsys, monkeypatch):
     assert "stage 1" in said.out
 
 
-def test_a_run_is_handed_on_and_used_elsewhere(workspace, capsys, tmp_path):
-    """Export, then predict and draw from the export alone, with one corrupt image in between."""
+def test_a_run_is_handed_on_and_used_elsewhere(workspace, capsys, tmp_path, monkeypatch):
+    """Export, then predict and draw from the export alone, with one corrupt image in between.
+
+    Called where another store lies under the path that the run calls its own by.
+    """
     folder, _, _ = workspace
+    other = tmp_path / "data" / "simulated" / "subj01.h5"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"another")
+    monkeypatch.chdir(tmp_path)
     (result,) = (folder / "runs").glob("simulated/subj01/smoke-*")
     images = tmp_path / "images"
     images.mkdir()
