@@ -3,6 +3,7 @@ import gzip
 import shutil
 import struct
 import tracemalloc
+from concurrent.futures import Executor, Future
 
 import h5py
 import numpy as np
@@ -382,8 +383,25 @@ def test_a_session_without_own_images_is_refused(tree):
         prepare(tree)
 
 
+class AtOnce(Executor):
+    """Does what is submitted before it returns."""
+
+    def __init__(self, max_workers: int) -> None:
+        assert max_workers == 1
+
+    def submit(self, function, /, *args, **kwargs):
+        done = Future()
+        done.set_result(function(*args, **kwargs))
+        return done
+
+
 def test_memory_does_not_grow_with_the_number_of_sessions(tree, monkeypatch):
-    """Traced peak of 2 and of 4 sessions, voxels repeated so that betas outweigh all else."""
+    """Traced peak of 2 and of 4 sessions, voxels repeated so that betas outweigh all else.
+
+    Sessions are written as soon as they are read: how much of a writing falls into the next reading
+    is chance, and more than a session's worth of memory.
+    """
+    monkeypatch.setattr("chasm.data.prepare.ThreadPoolExecutor", AtOnce)
     for module in (repeat_noise, beta_files):
         monkeypatch.setattr(module, "_BLOCK_BYTES", 1 << 18)
     shape = (20, 20, 30)
@@ -399,8 +417,8 @@ def test_memory_does_not_grow_with_the_number_of_sessions(tree, monkeypatch):
         prepare_nsd(tree.root, 1, out, sessions=sessions, overwrite=True)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    one_session = 2 * TRIALS * np.prod(shape)
-    assert peaks[2] - peaks[1] < one_session
+    two_sessions = 2 * 2 * TRIALS * np.prod(shape)
+    assert peaks[2] - peaks[1] < 0.8 * two_sessions  # every session's statistics are kept
 
 
 def test_a_simulated_tree_is_read_as_it_was_written(toy_tree, tmp_path):
