@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +113,7 @@ def prepare_nsd(
         keep = ~(read.zero | read.constant)
         _check_enough(plan, keep)
         writer.keep(keep)
+        read = read.of_kept(keep)
         _write_rest(plan, roi, read, keep, made_from, writer)
     log.info("%s: %d trials, %d voxels", out, len(plan.image_ids), keep.sum())
     return out
@@ -232,12 +233,21 @@ class _Read:
         but without variation in some session.
     statistics
         ``train`` (images only this subject saw) and ``all``: mean and standard deviation, each
-        (sessions, mask voxels) float32, percent signal change.
+        (sessions, mask voxels) float32, percent signal change; after `of_kept`, (sessions, voxels).
     """
 
     zero: np.ndarray
     constant: np.ndarray
     statistics: dict[str, tuple[np.ndarray, np.ndarray]]
+
+    def of_kept(self, keep: np.ndarray) -> _Read:
+        """Statistics of the voxels in `keep`, (mask voxels,) bool, only."""
+        # Not mean[:, keep], whose rows would not be contiguous.
+        statistics = {
+            which: (np.compress(keep, mean, axis=1), np.compress(keep, std, axis=1))
+            for which, (mean, std) in self.statistics.items()
+        }
+        return replace(self, statistics=statistics)
 
 
 def _write_betas(plan: _Plan, reader: SessionReader, writer: StoreWriter) -> _Read:
@@ -301,19 +311,16 @@ def _write_rest(
         image_id=plan.image_ids,
         repeat=tree.design().repeats[tree.trial_indices(sessions)],
     )
-    # Not mean[:, keep], whose rows would not be contiguous.
-    statistics = {
-        which: (np.compress(keep, mean, axis=1), np.compress(keep, std, axis=1))
-        for which, (mean, std) in read.statistics.items()
-    }
-    writer.write_normalisation("train", *statistics["train"], np.unique(plan.image_ids[plan.train]))
-    writer.write_normalisation("all", *statistics["all"])
+    writer.write_normalisation(
+        "train", *read.statistics["train"], np.unique(plan.image_ids[plan.train])
+    )
+    writer.write_normalisation("all", *read.statistics["all"])
     counts = {
         "n_mask": keep.size,
         "n_invalid": int(read.zero.sum()),
         "n_constant": int((~keep & ~read.zero).sum()),
     }
-    _write_voxels(plan, keep, statistics["all"], counts, writer)
+    _write_voxels(plan, keep, read.statistics["all"], counts, writer)
     for atlas, volume in roi.items():
         writer.write_roi(atlas, volume.labels[plan.mask][keep], volume.names)
     writer.write_images(*_image_table(plan), plan.images)
