@@ -68,6 +68,8 @@ def explain(device: torch.device, backend: str = "torch", block: Block = "mamba"
         if block == "mamba2" or mamba1_layer() is not None:
             return f"mamba_ssm and CUDA are there, so its {scan} kernel runs"
         return f"mamba_ssm's {scan} kernel runs, without the fused layer: {_state('causal_conv1d')}"
+    if backend == "reference":
+        return f"the reference {scan} was chosen"
     if device.type != "cuda":
         return f"mamba_ssm's kernels need CUDA, so the {backend} {scan} runs on {device.type}"
     if kernel() is not None:

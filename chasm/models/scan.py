@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from chasm.models.cuda_packages import explain, mamba1_kernel, optional_module
 from chasm.models.scan_arguments import ScanArguments, accumulation_dtype
-from chasm.models.scan_choice import anywhere, choose
+from chasm.models.scan_choice import anywhere, choose, first_available
 from chasm.models.scan_ops import differentiable_scan
 
 log = logging.getLogger(__name__)
@@ -102,12 +102,12 @@ def resolve_backend(device: torch.device, backend: str = "auto") -> str:
     ConfigError
         If it is unknown or cannot run there.
     """
+    available = {name: found.available for name, found in BACKENDS.items()}
 
     def refusal(name: str) -> tuple[str, str]:
-        remedy = f'Use "auto": {explain_backend(device, "torch")}.'
+        remedy = f'Use "auto": {explain_backend(device, first_available(device, available))}.'
         return f"it needs {BACKENDS[name].needs}", remedy
 
-    available = {name: found.available for name, found in BACKENDS.items()}
     backend = choose(device, backend, available, refusal)
     _say_once(device.type, backend)
     return backend

@@ -20,6 +20,11 @@ def anywhere(_: torch.device) -> bool:
     return True
 
 
+def first_available(device: torch.device, available: Mapping[str, Available]) -> str:
+    """Name the back end that runs when none is asked for."""
+    return next(name for name, can_run in available.items() if can_run(device))
+
+
 def choose(
     device: torch.device,
     backend: str,
@@ -49,7 +54,7 @@ def choose(
     if backend == "auto" and os.environ.get(ENVIRONMENT):
         where, backend = ENVIRONMENT, os.environ[ENVIRONMENT]
     if backend == "auto":
-        return next(name for name, can_run in available.items() if can_run(device))
+        return first_available(device, available)
     if backend not in available:
         names = ", ".join(["auto", *available])
         raise ConfigError(where, f"found {backend!r}, expected one of {names}", "Choose one.")

@@ -77,6 +77,8 @@ def test_everything_installed(installed):
     assert explain(CUDA, "torch").startswith("the torch scan was chosen")
     expected = "mamba_ssm's kernels need CUDA, so the numba scan runs on cpu"
     assert explain(CPU, "numba") == expected
+    for device in (CPU, CUDA):  # no device runs it unless it is told to
+        assert explain(device, "reference") == "the reference scan was chosen"
 
 
 def test_nothing_installed(installed):

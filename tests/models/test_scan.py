@@ -182,8 +182,9 @@ def test_environment_chooses_the_back_end(monkeypatch):
     monkeypatch.setenv("CHASM_SCAN", "fast")
     with pytest.raises(ConfigError, match=r"CHASM_SCAN: found 'fast', .*auto, mamba_ssm, numba"):
         selective_scan(**make_inputs(3))
-    with pytest.raises(ConfigError, match="scan:backend: 'mamba_ssm' cannot run on cpu"):
+    with pytest.raises(ConfigError, match="scan:backend: 'mamba_ssm' cannot run on cpu") as caught:
         resolve_backend(cpu, "mamba_ssm")
+    assert "so the numba scan runs on cpu" in str(caught.value)
     with pytest.raises(ConfigError, match="'numba' cannot run on mps: it needs a CPU"):
         resolve_backend(torch.device("mps"), "numba")
 
